@@ -1,0 +1,87 @@
+"""The compiler: a Dynamo graph in, a prologue, a packed and a late graph out, or the reasons why not.
+
+`PASSES` is the one ordered list. Analysis comes first and changes nothing; a rewrite happens as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+from . import graph, lower, padding, propagate, verify
+from .attention_match import match_attention
+from .functionalize import functionalize
+from .pipeline import Compilation, Pass, run_passes
+from .reasons import KINDS, FallbackReason, Unsupported
+from .verify import fake_inputs
+
+
+def opaque_pass(c: Compilation) -> None:
+    """Refuse what an ATen graph would not show: custom autograd functions, hooks, higher-order operations."""
+    c.refuse(*graph.find_opaque(c.dynamo))
+
+
+def aten_pass(c: Compilation) -> None:
+    """Dynamo graph → pre-dispatch ATen, one spelling per operation."""
+    c.aten = graph.to_aten(c.dynamo)
+
+
+def functionalize_pass(c: Compilation) -> None:
+    """In-place operations on the graph's own values → out of place."""
+    assert c.aten is not None
+    functionalize(c.aten)
+
+
+def analyse_pass(c: Compilation) -> None:
+    """Kind and layout of every node; all reasons at once."""
+    assert c.aten is not None
+    found = propagate.analyse(c.aten.graph, c.dropout, c.survey)
+    if isinstance(found, Unsupported):
+        return c.refuse(found)
+    c.analysis = found
+    c.refuse(*found.reasons)
+
+
+def attention_pass(c: Compilation) -> None:
+    """Match every attention and understand its mask."""
+    assert c.analysis is not None
+    for node in c.analysis.mixers:
+        match = match_attention(node, c.analysis)
+        if isinstance(match, Unsupported):
+            c.refuse(match)
+        else:
+            c.matches.append(match)
+
+
+def padding_pass(c: Compilation) -> None:
+    """What has to hold on a batch for its padding to be dropped."""
+    assert c.analysis is not None
+    c.guards = padding.padding_guards(c.analysis)
+
+
+def lower_pass(c: Compilation) -> None:
+    """Build the three graphs."""
+    assert c.aten is not None and c.analysis is not None
+    found = lower.Lowering(c.aten, c.analysis, c.matches, c.guards).run()
+    if isinstance(found, Unsupported):
+        return c.refuse(found)
+    c.graphs = found
+
+
+def verify_pass(c: Compilation) -> None:
+    """Fake-propagate the packed graph and compare every shape with the prediction."""
+    assert c.graphs is not None and c.aten is not None
+    failure = verify.verify(c.graphs, c.aten)
+    if failure is not None:
+        c.refuse(failure)
+
+
+PASSES: tuple[Pass, ...] = (
+    opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
+    aten_pass,  # before all that reads operations
+    functionalize_pass,  # before the analysis, which refuses writes
+    analyse_pass,
+    attention_pass,  # after layouts, which tell queries from keys
+    padding_pass,  # after the analysis, which says what is late
+    lower_pass,  # after every check: from here on nothing is refused but shapes
+    verify_pass,  # last, on what was built
+)
+
+__all__ = ["KINDS", "PASSES", "Compilation", "FallbackReason", "Unsupported", "fake_inputs", "run_passes"]

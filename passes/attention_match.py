@@ -1,0 +1,261 @@
+"""Attention, whatever its spelling: match the structure once, then check its properties on the match.
+
+    SDPA:     scaled_dot_product_attention(q, k, v, mask | is_causal, scale)
+    spelled:  matmul(q, kᵀ) → {scale, mask}* → softmax over keys → {cast, inactive dropout}* → matmul(·, v)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import aten, bound_args, shape, val
+from .layout import KEY, is_token_factor
+from .mask_formula import CAUSAL, MaskFormula, conjoin, read_additive, read_allowed, require_causal
+from .propagate import Analysis
+from .reasons import Unsupported
+from .rules import PROLOGUE
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    """Causal attention over positions.
+
+    Args:
+        node: the node whose value is the attention output.
+        q, k, v: stream nodes; `k_transposed` if k is given as `[..., D, S]`.
+        scale: factor of the scores.
+        formula: what a query may see.
+        spelling: "sdpa" or "matmul-softmax-matmul".
+        masked_is_zero: is the output zero for a query that may see nothing? (SDPA; softmax gives NaN or a mean.)
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    formula: MaskFormula
+    spelling: str
+    k_transposed: bool = False
+    masked_is_zero: bool = True
+
+
+def match_attention(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
+    """Match the attention whose output is `node` and check that it is causal in a way the engines compute."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        found = _match_sdpa(node, analysis)
+    else:
+        found = _match_spelled(node, analysis)
+    if isinstance(found, Unsupported):
+        return found.at(node)
+    refusal = _heads_refusal(found, analysis)
+    return refusal.at(node) if refusal else found
+
+
+def _match_sdpa(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
+    args, kwargs = bound_args(node)
+    q, k, v, mask, dropout_p, is_causal = args
+    if dropout_p:
+        return Unsupported("randomness", node, f"attention dropout with p={dropout_p}", "set attention_dropout to 0 or call model.eval()")
+    formula = _sdpa_formula(node, mask, is_causal, analysis)
+    if isinstance(formula, Unsupported):
+        return formula
+    scale = kwargs.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(shape(q)[-1])
+    if isinstance(scale, fx.Node):
+        return Unsupported("size_as_number", node, "the scale of attention isn't a constant")
+    return AttentionMatch(node, q, _unrepeated(k, analysis), _unrepeated(v, analysis), scale, formula, "sdpa")
+
+
+def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis) -> MaskFormula | Unsupported:
+    if mask is None:
+        if is_causal:
+            return CAUSAL
+        return Unsupported("not_causal", node, "attention without a mask sees later tokens", "pass is_causal=True or a causal mask")
+    if analysis.kind(mask) != PROLOGUE:
+        return Unsupported("mask_not_understood", node, "the attention mask is computed from activations or parameters")
+    if len(shape(mask)) > 2 and analysis.values[node.args[0]].layout.rank != 4:  # type: ignore[index]
+        return Unsupported("mask_not_understood", node, "a mask by row for attention whose rows aren't dim 0 of 4")
+    return read_allowed(mask) if val(mask).dtype == torch.bool else read_additive(mask)
+
+
+def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
+    probs, v = node.args[0], node.args[1]
+    softmax = _skip_casts(probs, analysis)
+    if not isinstance(softmax, fx.Node) or softmax.target not in _SOFTMAX:
+        return Unsupported("token_mixing", node, "weights over keys that aren't the result of a softmax")
+    masks: list[MaskFormula] = []
+    scale = 1.0
+    scores: Any = softmax.args[0]
+    while scores.target not in _PRODUCTS:
+        step = _read_step(scores, analysis)
+        if isinstance(step, Unsupported):
+            return step
+        scores, factor, mask = step
+        if mask is not None:
+            masks.append(mask)
+        elif factor != 1.0:
+            if any(not m.minus_inf for m in masks):
+                return Unsupported("finite_mask", node, "scores are scaled after a finite mask was added")
+            scale *= factor
+    if not masks:
+        return Unsupported("not_causal", node, "softmax over all keys without a mask")
+    formula = require_causal(conjoin(*masks), node)
+    if isinstance(formula, Unsupported):
+        return formula
+    q, k = scores.args[0], scores.args[1]
+    return AttentionMatch(node, q, k, v, scale, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False)
+
+
+_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default, aten.special_softmax.default}
+_CASTS = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
+    aten.contiguous.default, aten.type_as.default, aten.alias.default,
+}  # fmt: skip
+
+
+def _skip_casts(node: Any, analysis: Analysis) -> Any:
+    """Through casts and inactive dropout (active dropout was refused by its rule, or is shared: not supported here)."""
+    while isinstance(node, fx.Node):
+        inactive = node.target is aten.dropout.default and not (node.args[1] and node.args[2])
+        if node.target not in _CASTS and not inactive:
+            break
+        node = node.args[0]
+    return node
+
+
+def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskFormula | None] | Unsupported:
+    """One operation between the scores and the softmax: `(its scores, its factor, its mask)`."""
+    args, kwargs = bound_args(node)
+    target = node.target
+    if target in _CASTS:
+        return args[0], 1.0, None
+    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor):
+        is_mul = target in (aten.mul.Tensor, aten.mul.Scalar)
+        x, y = args[:2] if _is_scores(args[0], analysis) else (args[1], args[0]) if is_mul else (args[0], None)
+        number = _constant(y)
+        if number is not None:
+            return x, number if is_mul else 1 / number, None
+    if target is aten.masked_fill.Scalar and _is_masked_value(args[2], node) is not None:
+        return _masked(args[0], read_allowed(args[1], negated=True, alone=False), analysis, args[1], _is_masked_value(args[2], node))
+    if target is aten.masked_fill.Tensor and _is_masked_value(_constant(args[2]), node) is not None:
+        value = _is_masked_value(_constant(args[2]), node)
+        return _masked(args[0], read_allowed(args[1], negated=True, alone=False), analysis, args[1], value)
+    if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        keeps = _is_scores(args[1], analysis)
+        value = _is_masked_value(_constant(args[2] if keeps else args[1]), node)
+        if value is not None:
+            return _masked(args[1] if keeps else args[2], read_allowed(args[0], negated=not keeps, alone=False), analysis, args[0], value)
+    if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
+        scores, mask = (args[0], args[1]) if _is_scores(args[0], analysis) else (args[1], args[0])
+        if isinstance(mask, fx.Node):
+            if analysis.kind(mask) != PROLOGUE:
+                return Unsupported("mask_not_understood", node, "a bias computed from activations or parameters is added to the scores")
+            found = read_additive(mask, alone=False)
+            return found if isinstance(found, Unsupported) else (scores, 1.0, found)
+    return Unsupported("token_mixing", node, f"`{target}` between attention scores and softmax has no rule")
+
+
+def _masked(
+    scores: fx.Node, formula: MaskFormula | Unsupported, analysis: Analysis, condition: Any, minus_inf: bool | None
+) -> tuple[fx.Node, float, MaskFormula | None] | Unsupported:
+    if analysis.kind(condition) != PROLOGUE:
+        return Unsupported("mask_not_understood", condition, "the attention mask is computed from activations or parameters")
+    if isinstance(formula, Unsupported):
+        return formula
+    return scores, 1.0, replace(formula, minus_inf=bool(minus_inf))
+
+
+def _is_scores(node: Any, analysis: Analysis) -> bool:
+    value = analysis.values.get(node) if isinstance(node, fx.Node) else None
+    return value is not None and bool(value.layouts) and value.layout.has(KEY)
+
+
+def _constant(x: Any) -> float | None:
+    """A number, or the constant that a node computes (`torch.tensor(-inf)`, `full([], v)`)."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return float(x)
+    if isinstance(x, fx.Node):
+        if x.target in _CASTS or x.target in (aten.lift_fresh_copy.default, aten.detach.default):
+            return _constant(x.args[0])
+        if x.target in (aten.full.default, aten.scalar_tensor.default):
+            return _constant(x.args[-1] if x.target is aten.full.default else x.args[0])
+        if x.op == "get_attr":
+            tensor = getattr(x.graph.owning_module, str(x.target), None)
+            is_fake = isinstance(tensor, torch._subclasses.FakeTensor)
+            if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not is_fake:
+                return float(tensor)
+    return None
+
+
+def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
+    """True for -inf, False for the lowest finite number of the scores' dtype, None for anything else (a finite bias)."""
+    number = _constant(value)
+    if number is None:
+        return None
+    if number == -math.inf:
+        return True
+    return False if number == torch.finfo(val(node).dtype).min else None
+
+
+def _unrepeated(node: fx.Node, analysis: Analysis) -> fx.Node:
+    """`repeat_kv` folded back: keys and values before their heads were repeated for grouped-query attention.
+
+        x [N, KV, S, D] → unsqueeze(2) → expand [N, KV, G, S, D] → reshape [N, KV*G, S, D]     becomes     x
+        x [N, KV, S, D] → repeat_interleave(G, dim=1)                                          becomes     x
+    """
+    source: Any = node
+    if source.target is aten.repeat_interleave.self_int and bound_args(source)[0][2] in (1, -3):
+        return source.args[0]
+    if source.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
+        return node
+    repeated = source.args[0]
+    while repeated.target in (aten.clone.default, aten.contiguous.default):
+        repeated = repeated.args[0]
+    if repeated.target is not aten.expand.default or repeated.args[0].target is not aten.unsqueeze.default:
+        return node
+    unsqueezed = repeated.args[0]
+    original = unsqueezed.args[0]
+    layouts = [analysis.values[n].layout.dims for n in (original, repeated, source)]
+    before, middle, after = layouts
+    is_repeat = (
+        len(before) == 4 and unsqueezed.args[1] in (2, -3)
+        and middle[:2] == before[:2] and middle[3:] == before[2:]
+        and after[0] == before[0] and after[2:] == before[2:]
+    )  # fmt: skip
+    return original if is_repeat else node
+
+
+def _heads_refusal(match: AttentionMatch, analysis: Analysis) -> Unsupported | None:
+    """Key and value heads must be the query heads, or groups of consecutive ones share a head."""
+    q, k, v = (_head_dims(n, analysis) for n in (match.q, match.k, match.v))
+    for heads in (k, v):
+        if not _is_grouped(q, heads):
+            return Unsupported("row_layout", match.node, f"heads {heads} of keys or values don't group the query heads {q}")
+    if math.prod(k) != math.prod(v):
+        return Unsupported("row_layout", match.node, "keys and values have different numbers of heads")
+    return None
+
+
+def _head_dims(node: fx.Node, analysis: Analysis) -> list[int]:
+    dims = analysis.values[node].layout.dims[:-2]
+    return [math.prod(f for f in dim if not is_token_factor(f)) for dim in dims]
+
+
+def _is_grouped(q: list[int], k: list[int]) -> bool:
+    """`k` equals `q` up to some dim, divides it there, and is 1 after it."""
+    k = [1] * (len(q) - len(k)) + k
+    i = 0
+    while i < len(q) and q[i] == k[i]:
+        i += 1
+    if i == len(q):
+        return True
+    groups = k[i] == 1 or (i == len(q) - 1 and q[i] % k[i] == 0)
+    return groups and all(size == 1 for size in k[i + 1 :])

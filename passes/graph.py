@@ -1,0 +1,144 @@
+"""Everything about FX spelling: Dynamo graph → ATen graph, and small questions about nodes.
+
+The compiler works on pre-dispatch ATen: every operation has one spelling and a schema, composite operations
+(`linear`, `scaled_dot_product_attention`, `layer_norm`, `cross_entropy_loss`) are still whole, and each node keeps
+the source line it came from. What tracing to ATen would lose, i.e. the gradient of custom autograd functions,
+hooks and other higher-order operations, is looked for in the Dynamo graph first (`find_opaque`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .reasons import Unsupported
+
+aten = torch.ops.aten
+
+
+def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
+    """Nodes of a Dynamo graph whose gradient or effect an ATen graph would not show."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target in ("register_hook", "register_post_accumulate_grad_hook"):
+            found.append(_opaque("hook", node, "a tensor hook may change the gradient of a shared token"))
+        if node.op != "call_function":
+            continue
+        name = getattr(node.target, "__name__", str(node.target))
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            kind = "autograd_function" if "autograd_function" in name else "trace_failed"
+            found.append(_opaque(kind, node, f"higher-order operation `{name}` can't be looked into"))
+        elif "autograd_function" in name or "trampoline_autograd" in name:
+            found.append(_opaque("autograd_function", node, "a custom autograd function may treat gradients freely"))
+        elif "hook" in name and "torch" in (getattr(node.target, "__module__", None) or ""):
+            found.append(_opaque("hook", node, f"`{name}` may change the gradient of a shared token"))
+    return found
+
+
+def _opaque(kind: str, node: fx.Node, explanation: str) -> Unsupported:
+    return Unsupported(kind, node, explanation, "run this part outside of the compiled region")
+
+
+def example_values(gm: fx.GraphModule) -> list[Any]:
+    """What Dynamo traced with: FakeTensors (Parameters stay Parameters), SymInts, numbers."""
+    return [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
+    """Retrace a Dynamo graph to pre-dispatch ATen under Dynamo's own fake mode.
+
+    Placeholders correspond one to one. Each node has `meta["val"]` (fake value) and `meta["stack_trace"]`.
+
+    Raises:
+        Exception: whatever tracing raises; the caller reports it as `trace_failed`.
+    """
+    values = example_values(gm)
+    fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
+    if not fakes:
+        raise ValueError("the graph has no tensor input")
+
+    def interpret(*args: Any) -> Any:
+        with fx_traceback.preserve_node_meta():
+            return fx.Interpreter(gm).run(*args)
+
+    with fakes[0].fake_mode:
+        traced = make_fx(interpret, pre_dispatch=True)(*values)
+    originals = (n for n in gm.graph.nodes if n.op == "placeholder")
+    for node, original in zip((n for n in traced.graph.nodes if n.op == "placeholder"), originals, strict=True):
+        node.meta["is_parameter"] = isinstance(original.meta["example_value"], torch.nn.Parameter)
+        node.meta["label"] = original.name
+        node.meta.setdefault("stack_trace", original.meta.get("stack_trace"))
+    return traced
+
+
+def val(node: Any) -> Any:
+    """The fake value of a node; anything else is its own value."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(val(node), torch.Tensor)
+
+
+def shape(node: Any) -> tuple[Any, ...]:
+    """Sizes of a tensor node: ints and SymInts; `()` for numbers."""
+    value = val(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Are two sizes provably equal? Adds no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def is_mode_switch(node: fx.Node) -> bool:
+    """Grad-mode and autocast switches: they have no value and apply to all that follows."""
+    return node.op == "call_function" and node.target in MODE_SWITCHES
+
+
+MODE_SWITCHES = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+}
+
+
+def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+
+
+def mutated_args(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes that an ATen call writes to."""
+    schema = schema_of(node)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = []
+    for i, arg in enumerate(schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(arg.name)
+            written += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)]
+    return written
+
+
+def bound_args(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments as the schema has them, so that rules see one calling convention."""
+    schema = schema_of(node)
+    if schema is None:
+        return node.args, dict(node.kwargs)
+    positional, keywords = list(node.args), dict(node.kwargs)
+    for arg in schema.arguments[len(positional) :]:
+        if arg.kwarg_only:
+            break
+        if arg.name in keywords:
+            positional.append(keywords.pop(arg.name))
+        else:
+            positional.append(arg.default_value)
+    return tuple(positional), keywords

@@ -1,0 +1,388 @@
+"""An attention mask, read as a formula: causal ∧ window ∧ key padding ∧ same value of a column.
+
+A mask `[N, 1, S, S]` is a function of `(n, h, q, k)`: batch row, head, query and key position. `read_allowed` and
+`read_additive` find that function in the ATen graph (`mask_reader`), split it into a conjunction and name each term.
+What can't be named is a reason to fall back, except a mask that is *data* (the caller's own 4-D mask, a registered
+`tril` buffer): that one has to be compared with its formula at each call.
+
+    le = aten.le(k_idx, q_idx); pad = aten.index(attention_mask, [n_idx, k_idx]); mask = aten.and(le, pad)
+    →  causal ∧ key_padding(attention_mask)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import same_size
+from .mask_expr import (
+    FALSE,
+    OPS,
+    TRUE,
+    Affine,
+    Const,
+    Element,
+    Expr,
+    Index,
+    Op,
+    affine_of,
+    branches,
+    conjuncts,
+    dims,
+    elements,
+    index,
+    negate,
+    replace,
+    substitute,
+    where,
+)
+from .mask_reader import MaskReader
+from .mask_rules import is_one
+from .reasons import Unsupported
+
+aten = torch.ops.aten
+
+N, H, Q, K = range(4)
+AHEAD = Affine.dim(K) - Affine.dim(Q)
+# indices of a column, and a mask's index → theirs
+ROW, POSITION = range(2)
+AT_QUERY = {N: Affine.dim(ROW), Q: Affine.dim(POSITION)}
+AT_KEY = {N: Affine.dim(ROW), K: Affine.dim(POSITION)}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A value per token: an expression of `(n, s)`, dims `ROW` and `POSITION`."""
+
+    expr: Expr
+
+    @property
+    def leaves(self) -> tuple[fx.Node, ...]:
+        return tuple(dict.fromkeys(e.node for e in elements(self.expr)))
+
+    def describe(self) -> str:
+        return ", ".join(str(n.meta.get("label", n.name)) for n in self.leaves) or "position"
+
+
+@dataclass(frozen=True)
+class MaskFormula:
+    """Which keys `k` a query `q` of row `n` may attend: the conjunction of the parts that are given.
+
+    Args:
+        causal: `k <= q`.
+        window: `q - k < window`.
+        key_valid: columns that are true at `(n, k)`.
+        same_value: integer columns with the same value at `(n, q)` and at `(n, k)`.
+        data: a mask node that isn't a formula and has to be checked at each call. It broadcasts to `[N, H, Q, K]`.
+            What the mask says besides isn't listed again in the other fields.
+        data_additive: `data` is added to the scores (0 or the lowest value), not a condition.
+        data_negated: `data` is true where attention is *not* allowed.
+        minus_inf: masked scores are minus infinity everywhere, not `finfo.min`. A query that is masked from
+            everything attends uniformly with `finfo.min`, and is NaN or zero with minus infinity.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    key_valid: tuple[Column, ...] = ()
+    same_value: tuple[Column, ...] = ()
+    data: fx.Node | None = None
+    data_additive: bool = False
+    data_negated: bool = False
+    minus_inf: bool = True
+
+    @property
+    def leaves(self) -> tuple[fx.Node, ...]:
+        """Every node that the formula reads; all of them have to belong to the prologue."""
+        nodes = [leaf for column in (*self.key_valid, *self.same_value) for leaf in column.leaves]
+        return tuple(dict.fromkeys([*nodes, *([self.data] if self.data is not None else [])]))
+
+    def describe(self) -> str:
+        """In words, for reports: `causal ∧ window(8) ∧ key_padding(attention_mask)`."""
+        words = ["causal"] if self.causal else []
+        words += [f"window({self.window})"] if self.window is not None else []
+        words += [f"key_padding({c.describe()})" for c in self.key_valid]
+        words += [f"same_value({c.describe()})" for c in self.same_value]
+        words += [f"data({self.data.name})"] if self.data is not None else []
+        return " ∧ ".join(words) or "everything"
+
+
+CAUSAL = MaskFormula(causal=True)
+
+
+def conjoin(*formulas: MaskFormula) -> MaskFormula | Unsupported:
+    """All of them at once; refused where two of them are data, since only one node can be checked."""
+    data = list(dict.fromkeys((f.data, f.data_additive, f.data_negated) for f in formulas if f.data is not None))
+    if len(data) > 1:
+        return _unclear(data[1][0], "two masks of one attention are data")
+    windows = [f.window for f in formulas if f.window is not None]
+    return MaskFormula(
+        any(f.causal for f in formulas),
+        min(windows, default=None),
+        tuple(dict.fromkeys(c for f in formulas for c in f.key_valid)),
+        tuple(dict.fromkeys(c for f in formulas for c in f.same_value)),
+        *(data[0] if data else (None, False, False)),
+        minus_inf=all(f.minus_inf for f in formulas),
+    )
+
+
+def require_causal(formula: MaskFormula | Unsupported, node: fx.Node) -> MaskFormula | Unsupported:
+    """The formula of a whole attention at `node`: refused unless no query can attend to a later token."""
+    if isinstance(formula, Unsupported) or formula.causal or formula.data is not None:
+        return formula
+    found = f"the mask is {formula.describe()}: it lets tokens attend to later ones"
+    return Unsupported("not_causal", node, found, "packing needs causal attention")
+
+
+def read_allowed(node: fx.Node, negated: bool = False, *, alone: bool = True) -> MaskFormula | Unsupported:
+    """Read a boolean mask.
+
+    Args:
+        node: the mask, rank 2 to 4, aligned right to `[N, H, Q, K]`; true where a query may attend.
+        negated: true where it may *not*, as for `masked_fill`.
+        alone: no other mask applies, so that this one has to be causal. Otherwise `conjoin` it with the others
+            and call `require_causal`.
+    """
+    reader = MaskReader(node.graph)
+    read = _read_mask(reader, node)
+    if isinstance(read, Unsupported):
+        return read
+    if read.dtype != torch.bool:
+        return _unclear(node, f"a mask of dtype {read.dtype} is no condition")
+    data = MaskFormula(data=node, data_negated=negated)
+    return _formula(reader, negate(read) if negated else read, data, alone)
+
+
+def read_additive(node: fx.Node, *, alone: bool = True) -> MaskFormula | Unsupported:
+    """Read a float mask that is added to the scores: 0 where allowed, -inf or its dtype's `finfo.min` where not.
+
+    Args:
+        node, alone: as for `read_allowed`.
+    """
+    reader = MaskReader(node.graph)
+    read = _read_mask(reader, node)
+    if isinstance(read, Unsupported):
+        return read
+    if not read.dtype.is_floating_point:
+        return _unclear(node, f"a mask of dtype {read.dtype} is added to the scores")
+    lowest = torch.finfo(read.dtype).min
+    values = branches(read)
+    finite = [v.value for v in values if isinstance(v, Const) and v.value not in (0, -math.inf, lowest)]
+    if finite:
+        found = f"the mask adds {finite[0]} to scores, which is neither 0, -inf nor the lowest {read.dtype}"
+        return Unsupported("finite_mask", node, found, "mask with torch.finfo(dtype).min or -inf")
+    data = MaskFormula(data=node, data_additive=True, minus_inf=False)
+    biases = [v for v in values if not isinstance(v, Const)]
+    if biases:
+        # numbers per key can only be checked as data; numbers made from positions are a bias (ALiBi)
+        is_data = all(any(elements(v)) and (Q not in dims(v) or _reads_pairs(v)) for v in biases)
+        return data if is_data else _unclear(node, "numbers that depend on query and key are added to the scores")
+    minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
+    return _formula(reader, _unmasked(read), data, alone, minus_inf)
+
+
+def _unmasked(expr: Expr) -> Expr:
+    """The condition under which a `where` tree of constants is zero."""
+    if isinstance(expr, Const):
+        return TRUE if expr.value == 0 else FALSE
+    return where(expr.args[0], *map(_unmasked, expr.args[1:]))
+
+
+def _read_mask(reader: MaskReader, node: fx.Node) -> Expr | Unsupported:
+    """The element of a mask at `(n, h, q, k)`; where a dim has size one, the mask doesn't depend on its index."""
+    fake = node.meta["val"]
+    if not 2 <= fake.dim() <= 4:
+        return _unclear(node, f"a mask of rank {fake.dim()}")
+    expr = reader.read_final(node).expr
+    shift = 4 - fake.dim()
+    ones = {d: is_one(size) for d, size in enumerate(fake.shape)}
+    expr = substitute(expr, {d: Affine() if one else Affine.dim(d + shift) for d, one in ones.items()})
+    if reader.stale is not None:
+        return _unclear(node, f"`{reader.stale.name}` is changed in place while the mask is built from it")
+    return _unclear(node, "the mask differs between heads") if H in dims(expr) else expr
+
+
+def _formula(
+    reader: MaskReader, allowed: Expr, data: MaskFormula, alone: bool, minus_inf: bool = True
+) -> MaskFormula | Unsupported:
+    """Name the terms of a condition; if one of them is data, the whole mask `data.data` is."""
+    node = data.data
+    terms = conjuncts(allowed)
+    if any(_reads_pairs(term) for term in terms):
+        return data
+    atoms = [_atom(term, node) for term in _by_index(reader, terms)]
+    for atom in atoms:
+        if isinstance(atom, Unsupported):
+            return atom
+    formula = conjoin(MaskFormula(minus_inf=minus_inf), *atoms)
+    return require_causal(formula, node) if alone else formula
+
+
+def _reads_pairs(expr: Expr) -> bool:
+    """Does it read a tensor that has both query and key dims?"""
+    return any({Q, K} <= set().union(*(i.dims for i in e.indices)) for e in elements(expr))
+
+
+def _atom(term: Expr, node: fx.Node) -> MaskFormula | Unsupported:
+    """Name one term of a conjunction."""
+    if term == FALSE:
+        return _unclear(node, "the mask masks everything")
+    used = dims(term)
+    if Q not in used:
+        return MaskFormula(key_valid=(Column(substitute(term, AT_KEY)),))
+    if K not in used:
+        return _unclear(node, "the mask masks whole queries", "mask keys only")
+    bounds = _distance_bounds(term)
+    if bounds is not None:
+        return _band(*bounds, node)
+    column = _same_value(term)
+    if column is not None:
+        return MaskFormula(same_value=(column,))
+    return _unclear(node, f"a term of the mask is no known relation of query and key: {_outline(term)}")
+
+
+def _band(ahead: float, behind: float, node: fx.Node) -> MaskFormula | Unsupported:
+    """`k - q <= ahead` and `q - k <= behind`."""
+    if ahead < 0:
+        return _unclear(node, f"a token attends only to tokens at least {-ahead} before it, not to itself")
+    if behind < 0:
+        return _unclear(node, f"a token attends only to tokens at least {-behind} after it, not to itself")
+    # a bound beyond the diagonal says nothing next to a causal term; alone, `require_causal` refuses
+    return MaskFormula(causal=ahead == 0, window=None if behind == math.inf else int(behind) + 1)
+
+
+def _distance_bounds(term: Expr) -> tuple[float, float] | None:
+    """A comparison of the positions of query and key alone, as `k - q <= ahead` and `q - k <= behind`."""
+    if not isinstance(term, Op) or term.name not in ("le", "eq") or not isinstance(term.args[0], Index):
+        return None
+    distance, limit = term.args[0].index, affine_of(term.args[1])
+    if limit is None or distance not in (AHEAD, AHEAD * -1):
+        return None
+    bound = limit.offset if distance == AHEAD else -limit.offset
+    if term.name == "eq":
+        return bound, -bound
+    return (bound, math.inf) if distance == AHEAD else (math.inf, -bound)
+
+
+def _same_value(term: Expr) -> Column | None:
+    """`f(n, q) == f(n, k)` for an integer or boolean `f`; floats differ from bits at NaN and -0.0."""
+    if not isinstance(term, Op) or term.name != "eq" or term.args[0].dtype.is_floating_point:
+        return None
+    query, key = term.args if Q in dims(term.args[0]) else reversed(term.args)
+    if K in dims(query) or Q in dims(key):
+        return None
+    column = substitute(key, AT_KEY)
+    return Column(column) if substitute(query, AT_QUERY) == column else None
+
+
+def _by_index(reader: MaskReader, terms: list[Expr]) -> list[Expr]:
+    """Positions that rise by one within a segment, compared within it, are as good as indices.
+
+    transformers compares `position_ids` instead of indices where sequences are packed into a row, next to a
+    `same_value` of the segment numbers that it computes from them (`MaskReader.unit_step_base`). In such a
+    conjunction `p(n, q) - p(n, k) = q - k`, hence comparisons of that difference are comparisons of indices.
+    """
+    for column in filter(None, map(_same_value, terms)):
+        base = reader.unit_step_base(column.expr.node) if isinstance(column.expr, Element) else None
+        if base is None or column.expr.indices != (Affine.dim(ROW), Affine.dim(POSITION)):
+            continue
+        first = 4  # a fresh index: where the segment's positions start
+        table = {
+            substitute(base, {ROW: Affine.dim(N), POSITION: Affine.dim(at)}): Index(
+                Affine.dim(at) + Affine.dim(first), base.dtype
+            )
+            for at in (Q, K)
+        }
+        renamed = [replace(term, table) for term in terms]
+        # only where the start cancels was it a difference
+        terms = [new if _distance_bounds(new) is not None else old for old, new in zip(terms, renamed)]
+    return terms
+
+
+def _outline(expr: Expr) -> str:
+    """The expression in short, for reasons."""
+    names = dict(enumerate("nhqk"))
+    if isinstance(expr, Const):
+        return str(expr.value)
+    if isinstance(expr, Index):
+        terms = [f"{c if c != 1 else ''}{names.get(d, d)}" for d, c in expr.index.terms]
+        return " + ".join([*terms, *([str(expr.index.offset)] if expr.index.offset else [])])
+    if isinstance(expr, Element):
+        at = ", ".join(_outline(index(i, torch.int64)) for i in expr.indices)
+        return f"{expr.node.meta.get('label', expr.node.name)}[{at}]"
+    return f"{expr.name}({', '.join(map(_outline, expr.args))})"
+
+
+def _unclear(node: fx.Node | None, explanation: str, hint: str = "") -> Unsupported:
+    return Unsupported("mask_not_understood", node, explanation, hint)
+
+
+def emit_column(graph: fx.Graph, column: Column, like: fx.Node) -> fx.Node:
+    """Insert nodes that compute a column; returns a tensor `[N, S]`, or `[1, S]` if it is the same in every row.
+
+    Args:
+        graph: the graph that holds the column's leaves; nodes go to its insertion point.
+        like: a node `[N, S, ...]`, for the sizes and the device.
+    """
+    emit = _Emitter(graph, like)
+    node = emit.expression(column.expr)
+    if POSITION in dims(column.expr):
+        return node
+    return emit.call(aten.expand.default, node, [-1, emit.sizes[POSITION]])
+
+
+class _Emitter:
+    """Expression → nodes; every intermediate result has rank 2 and broadcasts to `[N, S]`."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
+        self.graph = graph
+        self.fake = like.meta["val"]
+        self.sizes = [
+            size if isinstance(size, int) else self.call(aten.sym_size.int, like, dim)
+            for dim, size in enumerate(self.fake.shape[:2])
+        ]
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values, options = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake.fake_mode:
+            node.meta["val"] = target(*values, **options)
+        return node
+
+    def expression(self, expr: Expr) -> fx.Node:
+        if isinstance(expr, Const):
+            return self.call(aten.full.default, [1, 1], expr.value, dtype=expr.dtype, device=self.fake.device)
+        if isinstance(expr, Index):
+            return self._cast(self._position(expr.index), expr.dtype)
+        if isinstance(expr, Element):
+            return self._element(expr)
+        args = [self.expression(arg) for arg in expr.args]
+        return self._cast(args[0], expr.dtype) if expr.name == "to" else self.call(OPS[expr.name], *args)
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if node.meta["val"].dtype == dtype else self.call(aten.to.dtype, node, dtype)
+
+    def _position(self, affine: Affine) -> fx.Node:
+        """An affine function of `(n, s)` as int64."""
+        total = self.expression(Const(affine.offset, torch.int64)) if affine.offset or not affine.terms else None
+        for dim, factor in affine.terms:
+            count = self.call(aten.arange.default, self.sizes[dim], device=self.fake.device)
+            term = self.call(aten.unsqueeze.default, count, 1 - dim)
+            term = term if factor == 1 else self.call(aten.mul.Tensor, term, factor)
+            total = term if total is None else self.call(aten.add.Tensor, total, term)
+        return total
+
+    def _element(self, expr: Element) -> fx.Node:
+        shape = expr.node.meta["val"].shape
+        if len(shape) == 0:
+            return self.call(aten.view.default, expr.node, [1, 1])
+        if len(shape) == 2 and all(
+            (is_one(size) and not expr.indices[dim].terms)
+            or (expr.indices[dim] == Affine.dim(dim) and same_size(size, self.fake.shape[dim]))
+            for dim, size in enumerate(shape)
+        ):
+            return expr.node
+        return self.call(aten.index.Tensor, expr.node, [self._position(i) for i in expr.indices])

@@ -1,0 +1,371 @@
+"""The walk: every node of the ATen graph gets a kind and, on the token stream, a layout or a reason why not.
+
+Kinds: PROLOGUE (computed from inputs alone, runs as written on the dense batch), WEIGHT (from parameters alone),
+STREAM (computed from tokens, packed, has a `TokenLayout`), LATE (computed from unpacked tokens, runs as written on
+the dense batch). Nothing is mutated. Seeds are found by use: an integer tensor that indexes an embedding, or a float
+input `[N, S, d]`.
+
+The walk runs twice. The first finds the token mixers (attention); the second knows which nodes they depend on: what
+no mixer depends on may run unpacked, so there a value that can't stay packed becomes LATE instead of a refusal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import aten, bound_args, is_mode_switch, is_tensor, mutated_args, same_size, shape, val
+from .layout import POSITION, ROW, Dim, Selection, TokenLayout, plain
+from .reasons import Unsupported
+from .rules import LATE, PROLOGUE, RULES, STREAM, WEIGHT, Op, Operand, Outcome, pointwise_rule
+
+NUMBER = "number"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What the analysis knows about a node."""
+
+    kind: str
+    layouts: tuple[TokenLayout, ...] = ()
+    outcome: Outcome | None = None
+    reason: Unsupported | None = None
+
+    @property
+    def layout(self) -> TokenLayout:
+        return self.layouts[0]
+
+
+@dataclass
+class Analysis:
+    """The side table and what was learned on the way.
+
+    Args:
+        values: kind and layout of every node.
+        mixers: nodes that let a token see others: attention, in graph order.
+        columns: prologue nodes that enter the stream, with the dims they are packed to: `(node, dims)`, in order.
+        whole: the selection of all tokens; its sizes are N and S.
+        reasons: why nodes that a mixer depends on could not be packed (the roots, not what follows from them).
+        table_nodes: nodes to be read as tables by position (see `as_table`).
+    """
+
+    graph: fx.Graph
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    mixers: list[fx.Node] = field(default_factory=list)
+    columns: dict[tuple[fx.Node, tuple[Dim, ...]], None] = field(default_factory=dict)
+    whole: Selection | None = None
+    reasons: list[Unsupported] = field(default_factory=list)
+
+    def kind(self, node: Any) -> str:
+        return self.values[node].kind if isinstance(node, fx.Node) else NUMBER
+
+
+def analyse(graph: fx.Graph, dropout: str = "fallback", survey: bool = False) -> Analysis | Unsupported:
+    """Run the walk (see the module's docstring).
+
+    Args:
+        survey: go on behind an operation that has no rule but keeps its shape, so that all reasons are found at once.
+    """
+    seeds = find_seeds(graph)
+    if isinstance(seeds, Unsupported):
+        return seeds
+    tables: dict[fx.Node, int] = {}
+    while True:
+        first = _Walk(graph, seeds, dropout, survey, None, tables).run()
+        wanted = _wanted_tables(first, tables)
+        if not wanted:
+            break
+        tables |= wanted
+    feeding = _ancestors(first.mixers)
+    second = _Walk(graph, seeds, dropout, survey, feeding, tables).run()
+    return second
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return seen
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where tokens come from: `layouts` of the nodes where the stream begins (embeddings, float inputs)."""
+
+    layouts: dict[fx.Node, TokenLayout]
+    whole: Selection
+
+
+def find_seeds(graph: fx.Graph) -> Seeds | Unsupported:
+    """Seeds by use. Position tables (an embedding of `[S]` or `[1, S]` indices) are seeds of their own kind."""
+    inputs_only = _nodes_from_inputs_alone(graph)
+    lookups = [n for n in graph.nodes if n.target is aten.embedding.default and n.args[1] in inputs_only]
+    data = _nodes_from_data(graph)
+    by_ids = [n for n in lookups if len(shape(n.args[1])) == 2 and n.args[1] in data]
+    if any(not same_size(shape(n.args[1])[0], 1) for n in by_ids):
+        by_ids = [n for n in by_ids if not same_size(shape(n.args[1])[0], 1)]
+    floats = [n for n in graph.nodes if n in data and _is_float_tokens(n) and n.op == "placeholder"]
+    sizes = [shape(n.args[1]) for n in by_ids] or [shape(n)[:2] for n in floats]
+    if not sizes:
+        return Unsupported("no_token_stream", None, "no 2-D integer input indexes an embedding, and no float [N, S, d] input enters the model")
+    if any(not (same_size(s[0], sizes[0][0]) and same_size(s[1], sizes[0][1])) for s in sizes):
+        where = (by_ids or floats)[-1]
+        return Unsupported("ambiguous_seed", where, "inputs of different shapes look like batches of tokens", "compile the parts with one sequence each")
+    whole = Selection(*sizes[0])
+    layouts: dict[fx.Node, TokenLayout] = {}
+    for node in lookups:
+        dims = _index_dims(shape(node.args[1]), whole, node in by_ids)
+        if dims is not None:
+            layouts[node] = TokenLayout((*dims, plain(shape(node)[-1])), whole)
+    if not by_ids:
+        for node in floats:
+            layouts[node] = TokenLayout(((ROW,), (POSITION,), plain(shape(node)[2])), whole)
+    return Seeds(layouts, whole)
+
+
+def _index_dims(sizes: tuple[Any, ...], whole: Selection, is_ids: bool) -> tuple[Dim, ...] | None:
+    """Dims of an embedding's index: ids, or a guess for position tables (a wrong one can't meet the stream)."""
+    if is_ids or (len(sizes) == 2 and same_size(sizes[0], whole.rows) and same_size(sizes[1], whole.positions)):
+        return ((ROW,), (POSITION,))
+    if sizes and same_size(sizes[-1], whole.positions) and all(same_size(s, 1) for s in sizes[:-1]):
+        return (*((),) * (len(sizes) - 1), (POSITION,))
+    return None
+
+
+def _is_float_tokens(node: fx.Node) -> bool:
+    value = val(node)
+    return is_tensor(node) and value.dim() == 3 and value.dtype.is_floating_point
+
+
+def _is_state(node: fx.Node) -> bool:
+    """Parameters and buffers: tensors that belong to a module."""
+    label = node.meta.get("label", "")
+    return node.meta.get("is_parameter", False) or "_parameters_" in label or "_buffers_" in label
+
+
+def _nodes_from_data(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on a tensor the caller passed (not a parameter or buffer)."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_input = node.op == "placeholder" and is_tensor(node) and not _is_state(node)
+        if is_input or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _nodes_from_inputs_alone(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on no parameter and on nothing that requires gradient: the prologue."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            value = val(node)
+            trains = isinstance(value, torch.Tensor) and value.requires_grad
+            if not (trains or node.meta.get("is_parameter", False)):
+                found.add(node)
+        elif all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+class _Walk:
+    """One forward walk over the graph."""
+
+    def __init__(
+        self, graph: fx.Graph, seeds: Seeds, dropout: str, survey: bool, before_mixer: set[fx.Node] | None,
+        tables: dict[fx.Node, int],
+    ) -> None:  # fmt: skip
+        self.out = Analysis(graph, whole=seeds.whole)
+        self.seeds, self.dropout, self.survey = seeds, dropout, survey
+        self.before_mixer, self.tables = before_mixer, tables
+        self.selections: dict[Any, Selection] = {}
+        self.inputs_only = _nodes_from_inputs_alone(graph)
+
+    def run(self) -> Analysis:
+        for node in self.out.graph.nodes:
+            if node.op == "output":
+                continue
+            value = self._visit(node)
+            self.out.values[node] = value
+            outcome = value.outcome
+            if outcome is not None:
+                for column, dims in outcome.columns.items():
+                    self.out.columns[(column, dims)] = None
+                if outcome.action == "attention":
+                    self.out.mixers.append(node)
+            if value.reason is not None and self._is_early(node):
+                self._note(value.reason.at(node))
+        return self.out
+
+    def _note(self, reason: Unsupported) -> None:
+        if all(reason.node is not r.node for r in self.out.reasons):
+            self.out.reasons.append(reason)
+
+    def _is_early(self, node: fx.Node) -> bool:
+        return self.before_mixer is None or node in self.before_mixer
+
+    def _visit(self, node: fx.Node) -> Value:
+        if node in self.seeds.layouts:
+            return self._seed(node)
+        if node in self.tables:
+            return self._table(node)
+        if node in self.inputs_only or is_mode_switch(node):
+            return self._written(node) or Value(PROLOGUE)
+        if node.op in ("placeholder", "get_attr"):
+            return Value(WEIGHT if _is_state(node) else PROLOGUE)  # an input that requires grad may still be a column
+        kinds = {self.out.kind(n) for n in node.all_input_nodes}
+        if LATE in kinds:
+            return self._late(node, kinds)
+        if STREAM not in kinds:
+            return self._written(node) or Value(WEIGHT)
+        if node.target is _getitem():
+            source, index = node.args
+            layouts = self.out.values[source].layouts  # type: ignore[index]
+            return Value(STREAM, (layouts[index],), Outcome(layouts[index]))  # type: ignore[index]
+        found = self._written(node)
+        return found or self._apply(node)
+
+    def _written(self, node: fx.Node) -> Value | None:
+        """In-place operations: fine on what the graph itself made in the prologue, refused elsewhere."""
+        for target in mutated_args(node):
+            base = _base_of(target)
+            if base.op == "placeholder" or self.out.kind(base) != PROLOGUE or node not in self.inputs_only:
+                renorm = node.target is aten.embedding_renorm_.default
+                kind, hint = ("embedding_gradient", "unset max_norm") if renorm else ("mutation", "write it out of place")
+                reason = Unsupported(kind, node, f"`{node.target}` writes into {_owner(base)}", hint)
+                if node in self.inputs_only or self.out.kind(base) in (PROLOGUE, WEIGHT):
+                    self._note(reason)
+                return Value(LATE, reason=reason)
+        return None
+
+    def _late(self, node: fx.Node, kinds: set[str]) -> Value:
+        sources = [n for n in node.all_input_nodes if self.out.kind(n) == LATE]
+        reason = next((self.out.values[n].reason for n in sources if self.out.values[n].reason), None)
+        if reason is not None and node.target is aten.scaled_dot_product_attention.default:
+            self._note(reason)
+        return Value(LATE, reason=reason)
+
+    def _seed(self, node: fx.Node) -> Value:
+        layout = self.seeds.layouts[node]
+        if node.op == "placeholder":
+            outcome = Outcome(layout, {node: layout.dims}, action="column")
+            return Value(STREAM, (layout,), outcome)
+        weight, index, _, scale_by_freq, sparse = bound_args(node)[0]
+        if scale_by_freq or sparse:
+            hint = "turn scale_grad_by_freq and sparse off"
+            return Value(LATE, reason=Unsupported("embedding_gradient", node, "the gradient counts how often a token occurs", hint))
+        outcome = Outcome(layout, {index: layout.dims[:-1]}, action="lookup")
+        return Value(STREAM, (layout,), outcome)
+
+    def _table(self, node: fx.Node) -> Value:
+        dim = self.tables[node]
+        dims = [plain(s) for s in shape(node)]
+        dims[dim] = (POSITION,)
+        layout = TokenLayout(tuple(dims), self.seeds.whole)
+        return Value(STREAM, (layout,), Outcome(layout, action="table", detail=dim))
+
+    def _apply(self, node: fx.Node) -> Value:
+        found = self._outcome(node)
+        if isinstance(found, Unsupported):
+            like = self._keeps_shape(node)
+            if self.survey and like is not None and self._is_early(node):
+                return Value(STREAM, (like,), reason=found.at(node))
+            return Value(LATE, reason=found.at(node))
+        if found.action == "gather_entries" or found.action.endswith("loss") or found.action.startswith("nll_loss"):
+            return Value(LATE, outcome=found)
+        if found.columns and not self._is_early(node):
+            return Value(LATE)  # a late column: it must not split the tree, so tokens are unpacked here
+        layouts = found.layout if isinstance(found.layout, tuple) else (found.layout,)
+        return Value(STREAM, layouts, found)
+
+    def _keeps_shape(self, node: fx.Node) -> TokenLayout | None:
+        """The layout of a stream argument that has the result's shape."""
+        same = (n for n in node.all_input_nodes if self.out.kind(n) == STREAM and shape(n) == shape(node) and shape(n))
+        return next((self.out.values[n].layout for n in same), None)
+
+    def _outcome(self, node: fx.Node) -> Outcome | Unsupported:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return Unsupported("unknown_op", node, f"`{node.target}` has no rule")
+        tags = node.target.tags
+        rule = RULES.get(node.target)
+        if rule is None and torch.Tag.nondeterministic_seeded in tags:
+            return Unsupported("randomness", node, f"`{node.target}` draws random numbers")
+        if rule is None and torch.Tag.pointwise in tags:
+            rule = pointwise_rule
+        if rule is None:
+            return Unsupported("unknown_op", node, f"`{node.target}` has no rule", "docs/rules.md tells how to add one")
+        args, kwargs = bound_args(node)
+        op = Op(node, val(node), self.dropout, self._is_early(node), self.selections)
+        found = rule(op, *self._operands(args), **self._operands(kwargs))
+        if isinstance(found, Unsupported):
+            return found
+        symbolic = _symbolic_argument(args, kwargs)
+        if symbolic is not None and found.action == "emit":
+            return Unsupported("size_as_number", node, f"`{node.target}` takes the batch's size {symbolic} as a number")
+        return found
+
+    def _operands(self, arg: Any) -> Any:
+        if isinstance(arg, dict):
+            return {k: self._operands(v) for k, v in arg.items()}
+        if isinstance(arg, (list, tuple)):
+            return [self._operands(a) for a in arg]
+        if not isinstance(arg, fx.Node):
+            return arg
+        if not is_tensor(arg):
+            return val(arg)
+        value = self.out.values[arg]
+        return Operand(arg, value.kind, shape(arg), value.layouts[0] if value.layouts else None)
+
+
+def _getitem() -> Any:
+    import operator
+
+    return operator.getitem
+
+
+def _symbolic_argument(args: Any, kwargs: Any) -> Any:
+    flat = [*args, *kwargs.values()]
+    flat += [b for a in flat if isinstance(a, (list, tuple)) for b in a]
+    return next((a for a in flat if isinstance(a, fx.Node) and isinstance(val(a), torch.SymInt)), None)
+
+
+def _base_of(node: fx.Node) -> fx.Node:
+    """The tensor that a chain of views looks into."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema
+        aliased = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None]
+        if not aliased or aliased[0] >= len(node.args) or not isinstance(node.args[aliased[0]], fx.Node):
+            break
+        node = node.args[aliased[0]]  # type: ignore[assignment]
+    return node
+
+
+def _owner(base: fx.Node) -> str:
+    return "an input or buffer" if base.op == "placeholder" else "a value computed from tokens"
+
+
+def _wanted_tables(analysis: Analysis, known: dict[fx.Node, int]) -> dict[fx.Node, int]:
+    """Parameters sliced by position, `weight[:S]`, that met the stream at its position dim: read them as tables."""
+    wanted: dict[fx.Node, int] = {}
+    for value in analysis.values.values():
+        reason = value.reason
+        if reason is None or reason.kind != "row_layout" or reason.node is None:
+            continue
+        node: Any = reason.node
+        while isinstance(node, fx.Node) and node.target in (aten.unsqueeze.default, aten.to.dtype, aten.expand.default):
+            node = node.args[0]
+        if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and analysis.kind(node) == WEIGHT:
+            args = bound_args(node)[0]
+            dim = args[1] % len(shape(node))
+            starts_at_zero = args[2] in (0, None) and args[4] == 1
+            if starts_at_zero and node not in known and same_size(shape(node)[dim], analysis.whole.positions):  # type: ignore[union-attr]
+                wanted[node] = dim
+    return wanted

@@ -1,0 +1,117 @@
+"""Why something is not packed: a closed list of kinds, and the value that carries one.
+
+A failure is a value, not an exception: rules return `Unsupported`, the walk collects them all, and the report
+turns each into a `FallbackReason` that a user can act on (docs/fallbacks.md has a section per kind).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+KINDS: dict[str, str] = {
+    "not_causal": "attention lets a token see later tokens",
+    "mask_not_understood": "the attention mask is not a formula of causal, window, padding and same-value terms",
+    "finite_mask": "the mask adds a finite number where it means minus infinity",
+    "token_mixing": "an operation mixes the tokens of a row and isn't causal attention",
+    "row_mixing": "an operation mixes different rows of the batch",
+    "unknown_op": "no rule is known for this operation on tokens",
+    "randomness": "an operation draws random numbers for each token (dropout, jitter)",
+    "autograd_function": "a custom autograd function whose backward may not be linear",
+    "hook": "a hook reads or changes a gradient",
+    "mutation": "a tensor that outlives the operation is written in place",
+    "embedding_gradient": "the embedding's gradient depends on how often a token occurs",
+    "ambiguous_seed": "it isn't clear which dims are rows and positions",
+    "no_token_stream": "nothing in the graph is computed from tokens",
+    "size_as_number": "a size of the batch is used as a number",
+    "row_layout": "rows or positions end up in dims that can't be packed",
+    "kv_cache": "the call continues a non-empty key-value cache",
+    "trace_failed": "the graph could not be traced to ATen",
+    "verification_failed": "the packed graph's shapes differ from the predicted ones",
+    "internal_error": "a pass raised an exception",
+    "engine_error": "the packed graph failed while it ran or compiled",
+    "fully_masked_query": "a real token is masked from everything, itself included",
+    "batch_mask": "the mask that the caller gave is not causal with padding",
+    "padding_read": "padding is read outside of attention",
+    "not_worth_it": "packing would save too little",
+    "empty_batch": "the batch has no token",
+    "pass_disabled": "a pass that packing needs is disabled",
+}
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """What a rule or a match returns when it can't prove its case.
+
+    Args:
+        kind: one of `KINDS`.
+        node: the FX node in question, or None.
+        explanation: what was found, in one sentence.
+        hint: what the user can do about it, or "".
+    """
+
+    kind: str
+    node: fx.Node | None
+    explanation: str
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown fallback kind {self.kind!r}; known: {', '.join(sorted(KINDS))}")
+
+    def at(self, node: fx.Node) -> Unsupported:
+        """The same reason, at `node` if it has no node yet."""
+        return self if self.node is not None else replace(self, node=node)
+
+
+@dataclass(frozen=True)
+class FallbackReason:
+    """A reason as the user sees it: plain strings, safe to keep after the graph is gone.
+
+    Args:
+        kind: one of `KINDS`; docs/fallbacks.md has a section for each.
+        node: name of the FX node.
+        target: the operation, e.g. `aten.roll.default`.
+        explanation: what was found.
+        hint: what to do about it.
+        source: `file:line in function` with the line of the user's code, or "".
+    """
+
+    kind: str
+    node: str
+    target: str
+    explanation: str
+    hint: str
+    source: str
+
+    @classmethod
+    def of(cls, reason: Unsupported) -> FallbackReason:
+        node = reason.node
+        return cls(
+            kind=reason.kind,
+            node=node.name if node is not None else "",
+            target=str(node.target) if node is not None else "",
+            explanation=reason.explanation,
+            hint=reason.hint,
+            source=source_line(node) if node is not None else "",
+        )
+
+    def __str__(self) -> str:
+        where = f" at {self.source}" if self.source else ""
+        op = f" ({self.target})" if self.target else ""
+        hint = f" Hint: {self.hint}" if self.hint else ""
+        return f"{self.kind}{op}{where}: {self.explanation}{hint}"
+
+
+def source_line(node: fx.Node) -> str:
+    """`file:line in function: code` of the innermost user frame that made `node`, or ""."""
+    trace = (node.meta.get("stack_trace") or "").strip()
+    frames = [part for part in trace.split('File "') if part.strip()]
+    if not frames:
+        return ""
+    head, *code = frames[-1].splitlines()
+    path, _, rest = head.partition('", line ')
+    line, _, function = rest.partition(", in ")
+    text = code[0].strip() if code else ""
+    return f"{path}:{line} in {function}" + (f": {text}" if text else "")

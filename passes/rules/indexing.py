@@ -1,0 +1,157 @@
+"""Slices, selects and lookups: over plain dims, or a cut of tokens (exact, but nothing may attend to it any more)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..layout import POSITION, ROW, Dim, plain
+from ..reasons import Unsupported
+from .common import PROLOGUE, STREAM, Op, Operand, Outcome, aligned_dims, mixing, refuse, register, same_size
+
+aten = torch.ops.aten
+
+
+def slice_rule(
+    op: Op, x: Operand, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Outcome | Unsupported:
+    """A slice of a plain dim, or a cut of rows or positions."""
+    dim %= x.tokens.rank
+    if x.tokens.is_token_dim(dim):
+        if same_size(op.shape[dim], x.shape[dim]) and step == 1:
+            return Outcome(x.tokens, action="alias")
+        return _cut(op, x, dim, (dim, start, end, step))
+    dims = list(x.tokens.dims)
+    dims[dim] = plain(op.shape[dim])
+    return Outcome(x.tokens.with_dims(dims))
+
+
+def narrow_rule(op: Op, x: Operand, dim: int, start: Any, length: Any) -> Outcome | Unsupported:
+    return slice_rule(op, x, dim, start, None, 1)
+
+
+def index_select_rule(op: Op, x: Operand, dim: int, index: Operand) -> Outcome | Unsupported:
+    dim %= x.tokens.rank
+    if index.kind == STREAM:
+        return refuse("token_mixing", "an index computed from tokens picks along a dim")
+    if x.tokens.is_token_dim(dim):
+        return _cut(op, x, dim, (dim, index.node))
+    dims = list(x.tokens.dims)
+    dims[dim] = plain(op.shape[dim])
+    return Outcome(x.tokens.with_dims(dims))
+
+
+def _cut(op: Op, x: Operand, dim: int, key: Any) -> Outcome | Unsupported:
+    """Keep some rows or positions. The packed tokens stay as they are; only the map from the batch to them changes."""
+    refusal = _cut_refusal(op, x, dim)
+    if refusal is not None:
+        return refusal
+    old, size = x.tokens.selection, op.shape[dim]
+    is_row = x.tokens.dims[dim] == (ROW,)
+    rows, positions = (size, old.positions) if is_row else (old.rows, size)
+    map_dim = 0 if is_row or old.rows is None else 1
+    selection = op.select(old, (op.name, is_row, key[1:]), rows, positions, map_dim)
+    return Outcome(type(x.tokens)(x.tokens.dims, selection), action="alias")
+
+
+def _cut_refusal(op: Op, x: Operand, dim: int) -> Unsupported | None:
+    if op.before_mixer or x.tokens.dims[dim] not in ((ROW,), (POSITION,)):
+        return mixing(x.tokens, [dim], f"`{op.name}`")
+    selection = x.tokens.selection
+    if (selection.rows is not None) != x.tokens.has(ROW) or (selection.positions is not None) != x.tokens.has(POSITION):
+        return mixing(x.tokens, [dim], f"`{op.name}` of a table")
+    return None
+
+
+def select_rule(op: Op, x: Operand, dim: int, index: Any) -> Outcome | Unsupported:
+    """One index of a plain dim; or one row or one position of every row."""
+    dim %= x.tokens.rank
+    dims = x.tokens.dims[:dim] + x.tokens.dims[dim + 1 :]
+    if not x.tokens.is_token_dim(dim):
+        return Outcome(x.tokens.with_dims(dims))
+    refusal = _cut_refusal(op, x, dim)
+    if refusal is not None:
+        return refusal
+    old = x.tokens.selection
+    if old.rows is None or old.positions is None:
+        return mixing(x.tokens, [dim], "a single token")
+    is_row = x.tokens.dims[dim] == (ROW,)
+    rows, positions = (None, old.positions) if is_row else (old.rows, None)
+    selection = op.select(old, ("select", is_row, index), rows, positions, 0 if is_row else 1)
+    return Outcome(type(x.tokens)(dims, selection), action="drop_dim", detail=(x.tokens.dim_of(ROW), dim))
+
+
+def index_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome | Unsupported:
+    """`x[rows, positions]` with indices computed from inputs: one token per row, or several."""
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if not isinstance(x, Operand) or x.kind != STREAM:
+        return refuse("unknown_op", "a table is indexed by values computed from tokens")
+    if any(o.kind != PROLOGUE or o.node.meta["val"].dtype == torch.bool for o in indices if o is not None):
+        return refuse("token_mixing", "an index computed from tokens, or a boolean mask, picks tokens")
+    if given == [1] and x.tokens.dims[1] == (POSITION,) and len(indices[1].shape) == 1:  # type: ignore[union-attr]
+        return _cut(op, x, 1, (1, indices[1].node))  # type: ignore[union-attr]
+    if given != [0, 1] or x.tokens.dims[:2] != ((ROW,), (POSITION,)):
+        return refuse("token_mixing", f"`{op.name}` picks tokens in a way that has no rule")
+    refusal = _cut_refusal(op, x, 0)
+    if refusal is not None:
+        return refusal
+    rank = len(op.shape) - (x.tokens.rank - 2)
+    old = x.tokens.selection
+    key = ("index", *(o.node for o in indices if o is not None))
+    if rank == 1:
+        selection = op.select(old, key, op.shape[0], None)
+        dims: tuple[Dim, ...] = ((ROW,), *x.tokens.dims[2:])
+        return Outcome(type(x.tokens)(dims, selection), action="drop_dim", detail=(0, 1))
+    if rank == 2:
+        selection = op.select(old, key, op.shape[0], op.shape[1])
+        return Outcome(type(x.tokens)(x.tokens.dims, selection), action="alias")
+    return refuse("token_mixing", "an index with more than two dims picks tokens")
+
+
+def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outcome | Unsupported:
+    """gather along a plain dim. A late index (labels) gives one entry per distinct (token, label)."""
+    if not isinstance(x, Operand) or x.kind != STREAM:
+        return refuse("unknown_op", "a table is gathered by values computed from tokens")
+    rank = x.tokens.rank
+    dim %= rank
+    if x.tokens.is_token_dim(dim):
+        return mixing(x.tokens, [dim], "gather")
+    if any(not same_size(index.shape[d], x.shape[d]) for d in range(rank) if d != dim):
+        return refuse("token_mixing", "gather by an index that is smaller than the tokens")
+    dims = list(x.tokens.dims)
+    dims[dim] = plain(op.shape[dim])
+    if index.kind == STREAM:
+        same = index.tokens.selection is x.tokens.selection and index.tokens.dims[:dim] == x.tokens.dims[:dim]
+        if not same or index.tokens.dims[dim + 1 :] != x.tokens.dims[dim + 1 :]:
+            return refuse("token_mixing", "gather by an index of other tokens")
+        return Outcome(x.tokens.with_dims(dims))
+    if op.before_mixer:
+        aligned = aligned_dims(index.shape, x.tokens)
+        columns = {index.node: (*aligned[:dim], plain(index.shape[dim]), *aligned[dim + 1 :])} if aligned else {}
+        return Outcome(x.tokens.with_dims(dims), columns)
+    if dim != rank - 1 or not has_one_wide_dim(x):
+        return refuse("token_mixing", "labels are gathered from a value of more than one plain dim")
+    return Outcome(x.tokens, action="gather_entries", detail=index.node)
+
+
+def has_one_wide_dim(x: Operand) -> bool:
+    """Tokens, then one plain dim (the vocabulary): what labels are looked up in."""
+    return all(x.tokens.is_token_dim(d) for d in range(x.tokens.rank - 1)) and not x.tokens.is_token_dim(-1)
+
+
+def embedding_rule(op: Op, weight: Operand, index: Operand, padding_idx: int = -1, *_: Any) -> Outcome | Unsupported:
+    """A lookup by integers that were computed from tokens."""
+    if not isinstance(index, Operand) or index.kind != STREAM or weight.kind == STREAM:
+        return refuse("unknown_op", "an embedding whose table is computed from tokens")
+    return Outcome(index.tokens.with_dims((*index.tokens.dims, plain(op.shape[-1]))))
+
+
+register(slice_rule, aten.slice.Tensor)
+register(narrow_rule, aten.narrow.default)
+register(select_rule, aten.select.int)
+register(index_select_rule, aten.index_select.default)
+register(index_rule, aten.index.Tensor)
+register(gather_rule, aten.gather.default)
+register(embedding_rule, aten.embedding.default)

@@ -1,0 +1,84 @@
+"""What the late graph calls to get from packed tokens back to the batch.
+
+Everything goes through `pgcompile`'s own gathers, whose backward sums the copies of a token in float32,
+deterministically (docs/design.md, "The unpack").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import POSITION, ROW, Dim, is_token_factor
+
+
+def tokens_first(x: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+    """A packed value with the layout `dims` as `[T, ...]`: the plain factors, one dim each, in their order."""
+    holder = POSITION if any(POSITION in dim for dim in dims) else ROW
+    factors = [f for dim in dims for f in (dim or (1,))]
+    x = x.reshape([-1 if f == holder else 1 if is_token_factor(f) else f for f in factors])
+    x = x.movedim(factors.index(holder), 0)
+    dropped = [i for i, f in enumerate([f for f in factors if f != holder], start=1) if is_token_factor(f)]
+    return x.squeeze(dropped) if dropped else x
+
+
+def unpack_tokens(x: Tensor, token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+    """Packed tokens in the caller's shape: `[1, T, ...]` → `[N, S, ...]`; zeros where a token was dropped.
+
+    Args:
+        x: packed value with the layout `dims`.
+        token_map: int64 `[N, S]`, or `[M]` after a select: packed index of each token, -1 where dropped.
+    """
+    flat = tokens_first(x, dims)
+    dense = torch.ops.pgcompile.gather_tokens(flat, token_map.reshape(-1))
+    dense = dense.reshape([*token_map.shape, *flat.shape[1:]])
+    factors = [f for dim in dims for f in (dim or (1,))]
+    present = [f for f in (ROW, POSITION) if f in factors]
+    order = [present.index(f) if is_token_factor(f) else None for f in factors]
+    rest = iter(range(len(present), dense.dim()))
+    dense = dense.permute([next(rest) if i is None else i for i in order])
+    for i, dim in enumerate(dims):
+        if len(dim) > 1:
+            dense = dense.flatten(i, i + len(dim) - 1)
+    return dense
+
+
+def flat_map(token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+    """The map in the order in which `dims` has its rows and positions, as `[M]`."""
+    factors = [f for dim in dims for f in dim if is_token_factor(f)]
+    return (token_map.t() if factors == [POSITION, ROW] else token_map).reshape(-1)
+
+
+def gather_entries(x: Tensor, token_map: Tensor, dims: tuple[Dim, ...], index: Tensor) -> Tensor:
+    """`x.gather(-1, index)` for packed `x [.., T, V]` and `index [..tokens.., K]` of the batch."""
+    found = torch.ops.pgcompile.gather_entries(
+        tokens_first(x, dims), flat_map(token_map, dims), index.reshape(-1, index.shape[-1])
+    )
+    return found.reshape(index.shape)
+
+
+def label_loss(
+    log_probs: Tensor, smooth: Tensor | None, token_map: Tensor, dims: tuple[Dim, ...], target: Tensor,
+    weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """cross_entropy_loss and nll_loss from packed log-probabilities `[T, V]`.
+
+    Args:
+        smooth: packed `[T]`, the (weighted) sum of each token's log-probabilities, if labels are smoothed.
+        target: int64 `[M]` class indices.
+        reduction: 0 none, 1 mean, 2 sum, as ATen has it.
+    """
+    index = flat_map(token_map, dims)
+    kept = target != ignore_index
+    label = torch.where(kept, target, 0)
+    weights = kept.to(log_probs.dtype) if weight is None else torch.where(kept, weight[label], 0)
+    packed = tokens_first(log_probs, dims)
+    loss = -torch.ops.pgcompile.gather_entries(packed, index, label[:, None])[:, 0] * weights
+    total = weights.sum()
+    if smooth is not None:
+        classes = packed.shape[-1]
+        smoothed = torch.where(kept, -torch.ops.pgcompile.gather_tokens(smooth.reshape(-1), index), 0)
+        loss = (1 - label_smoothing) * loss + label_smoothing / classes * smoothed
+    if reduction == 0:
+        return loss
+    return loss.sum() if reduction == 2 else loss.sum() / total

@@ -1,0 +1,103 @@
+"""After rewriting: run the packed graph on fake tensors and compare every shape with what the analysis predicted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import val
+from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
+from .lower import PackedGraphs
+from .reasons import Unsupported
+
+TOKENS = 7919  # a prime that no model has as a size
+
+
+def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
+    """Fake-propagate the packed graph with `TOKENS` tokens.
+
+    Returns:
+        `verification_failed` at the first node whose shape or dtype isn't the predicted one, else None.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        checker = _Checker(graphs.packed)
+        inputs = fake_inputs(graphs, aten_gm, TOKENS)
+        if isinstance(inputs, Unsupported):
+            return inputs
+        checker.run(*inputs)
+    return checker.failure
+
+
+def fake_inputs(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any) -> list[Any] | Unsupported:
+    """The packed graph's inputs for a number of tokens (an int or SymInt), under the active fake mode."""
+    placeholders = aten_gm.graph.find_nodes(op="placeholder")
+    made: list[Any] = []
+    for spec in graphs.inputs:
+        if spec.kind in ("argument", "value"):
+            source = placeholders[spec.index] if spec.kind == "argument" else graphs.results[spec.index]
+            like = val(source)
+            if not isinstance(like, torch.Tensor):
+                made.append(like)
+                continue
+            if any(not isinstance(s, int) for s in like.shape):
+                return Unsupported("size_as_number", source, "a value whose size depends on the batch is used for every token")
+            made.append(_empty(like.shape, like.dtype, like.device, like.requires_grad))
+        elif spec.kind == "column":
+            like = val(graphs.results[spec.index])
+            made.append(_empty(column_shape(spec.dims, tokens), like.dtype, like.device, like.requires_grad))
+        elif spec.kind == "segments":
+            made.append(torch.empty((5, 5), dtype=torch.int64, device="cpu"))
+        elif spec.kind == "data_mask":
+            made.append(torch.empty((1, tokens), dtype=torch.bool, device=_device(graphs)))
+        else:
+            made.append(torch.empty((tokens,), dtype=torch.int64, device=_device(graphs)))
+    return made
+
+
+def _empty(size: Any, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> torch.Tensor:
+    return torch.empty(tuple(size), dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+def _device(graphs: PackedGraphs) -> torch.device:
+    """Where the tokens live."""
+    return next(val(graphs.results[i]).device for i, _ in graphs.keys)
+
+
+def column_shape(dims: tuple[Dim, ...], tokens: Any) -> list[Any]:
+    """Packed sizes of a column with the layout `dims`."""
+    holder = POSITION if any(POSITION in dim for dim in dims) else ROW
+    sizes = []
+    for dim in dims:
+        size: Any = tokens if holder in dim else 1
+        for f in dim:
+            size = size if is_token_factor(f) else size * f
+        sizes.append(size)
+    return sizes
+
+
+class _Checker(fx.Interpreter):
+    failure: Unsupported | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        layouts = n.meta.get("layouts")
+        if layouts and self.failure is None:
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            originals = val(n.meta["original"])
+            originals = originals if isinstance(originals, (tuple, list)) else (originals,)
+            for found, layout, original in zip(results, layouts, originals, strict=True):
+                self._compare(n, found, layout, original)
+        return result
+
+    def _compare(self, n: fx.Node, found: Any, layout: TokenLayout, original: Any) -> None:
+        shape = []
+        for dim, size in zip(layout.dims, layout.packed_shape(), strict=True):
+            plain = [f for f in dim if isinstance(f, int)]
+            shape.append(TOKENS * torch.Size(plain).numel() if size == -1 else size)
+        if list(found.shape) != shape or found.dtype != original.dtype:
+            text = f"{n.target} gives {list(found.shape)} {found.dtype}, predicted {shape} {original.dtype}"
+            self.failure = Unsupported("verification_failed", n.meta["original"], text)

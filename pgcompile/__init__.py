@@ -1,0 +1,20 @@
+"""pgcompile: train on batches with shared prefixes, each distinct token computed once.
+
+    model.compile(backend="pgcompile")
+
+A `torch.compile` backend that reads a model's graph, proves which values depend only on a token and the tokens
+before it, and runs the graph once per distinct token. Where that can't be proven, the original runs, with a reason.
+"""
+
+from .backend import pgcompile
+from .check import CheckError
+from .optimize import explain, optimize
+from .options import Options
+from .report import Explanation, FallbackError
+from .stats import Stats, reset_stats, stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckError", "Explanation", "FallbackError", "Options", "Stats", "explain", "optimize", "pgcompile", "reset_stats",
+    "stats",
+]  # fmt: skip

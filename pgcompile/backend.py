@@ -1,0 +1,222 @@
+"""Dynamo's backend: a graph in, a callable out, and which path a call takes.
+
+    call ──► prologue ──► plan ──► worth it? ──► packed graph ──► late graph ──► outputs
+                            │          └── no ──► the original through the inner compiler
+                            └── not causal, empty, … ──► the same, with a reason
+    a graph that can't be packed ──► the original, eager (or `fallback="inner"`)
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import check, ops, stats  # noqa: F401 - ops registers the operators
+from .cost import MIN_SAVING, Cost, count_work
+from .engines.choose import choose
+from .inner import Artifact, DenseGraph, _modes, compile_lock, compile_packed
+from .options import Options
+from .passes import PASSES, Compilation, FallbackReason, run_passes
+from .passes.layout import POSITION, ROW, Dim
+from .passes.lower import Input, PackedGraphs
+from .passes.reasons import Unsupported
+from .plan import DenseCall, Plan, build_plan, rows_first
+from .report import AttentionReport, BatchReport, FallbackError, GraphReport, log
+
+# Reports go to the collector of the `explain` call that compiled the graph, if there is one.
+Collector = Callable[[GraphReport | BatchReport], None]
+
+
+def pgcompile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    collector: Collector | None = None,
+) -> Callable[..., Any]:
+    """The backend of `torch.compile(model, backend="pgcompile")`.
+
+    Args:
+        gm: Dynamo's graph; it isn't changed.
+        options: see `Options`.
+        mode: torch.compile's mode, for the inner compiler.
+        collector: gets the reports of this graph and of its batches.
+
+    Raises:
+        ValueError: for unknown options.
+        FallbackError: with `strict=True`, if the graph can't be packed.
+    """
+    chosen = Options.of(options, mode)
+    with compile_lock:
+        compilation = run_passes(
+            PASSES, Compilation(gm, chosen.dropout, survey=collector is not None), chosen.disable_passes, chosen.dump_dir
+        )
+    report = _graph_report(compilation, chosen)
+    if collector is not None:
+        collector(report)
+    if compilation.reasons:
+        if chosen.strict:
+            raise FallbackError(compilation.reasons) from next(iter(compilation.errors), None)
+        log.warning("not packed, runs as it was: %s", "; ".join(map(str, compilation.reasons)))
+        run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
+        return functools.partial(_run_eager, run)
+    log.debug("packed: %d attention nodes, passes %s", len(compilation.matches), compilation.seconds)
+    return PackedCall(compilation, chosen, collector)
+
+
+def _run_eager(run: Callable[..., Any], *args: Any) -> Any:
+    stats.count(eager=1)
+    return run(*args)
+
+
+def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
+    report = GraphReport("eager" if compilation.reasons else "packed", fallbacks=list(compilation.reasons))
+    report.seconds = dict(compilation.seconds)
+    for match in compilation.matches:
+        q = match.q.meta["val"]
+        engine, why = choose(options.engine, q.device, q.dtype)
+        report.attention.append(AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why))
+    if compilation.guards.refusal is not None:
+        report.notes.append(FallbackReason.of(compilation.guards.refusal))
+    return report
+
+
+class PackedCall:
+    """A graph that can be packed: plans each batch and runs it packed, or dense with a reason."""
+
+    def __init__(self, compilation: Compilation, options: Options, collector: Collector | None) -> None:
+        assert compilation.graphs is not None and compilation.aten is not None and compilation.analysis is not None
+        self.graphs: PackedGraphs = compilation.graphs
+        self.aten = compilation.aten
+        self.options, self.collector = options, collector
+        self.cost: Cost = count_work(compilation.analysis, self.graphs)
+        self.dense = DenseGraph(compilation.dynamo, options)
+        self.artifacts: dict[Any, Artifact] = {}
+        self.unchecked = options.check
+        self.warned: set[str] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        report = BatchReport()
+        try:
+            results, plan = self._plan(args, report)
+            call, inputs = self._prepare(args, results, plan)
+        except DenseCall as reason:
+            return self._run_dense(args, report, reason.kind, reason.explanation)
+        except Exception as error:
+            _pass_through(error)
+            return self._run_dense(args, report, "internal_error", f"{type(error).__name__}: {error}", error)
+        try:
+            packed = call(*inputs)
+            outputs = self._late(args, results, packed, plan)
+        except Exception as error:
+            _pass_through(error)
+            return self._run_dense(args, report, "engine_error", f"{type(error).__name__}: {error}", error)
+        report.decision = "packed"
+        self._collect(report)
+        stats.count(packed=1)
+        if self.unchecked > 0:
+            self.unchecked -= 1
+            check.compare(self.dense.gm, args, outputs, plan)
+        return outputs
+
+    def _plan(self, args: Sequence[Any], report: BatchReport) -> tuple[Sequence[Any], Plan]:
+        started = time.perf_counter()
+        with torch.no_grad():
+            results = self.graphs.prologue(*args)
+            plan = build_plan(self.graphs, results, keep_all=self.options.min_saving == 0)
+        report.rows, report.positions = plan.rows, plan.positions
+        report.dense_tokens, report.valid_tokens, report.packed_tokens = plan.dense_tokens, plan.valid_tokens, plan.tokens
+        report.segments, report.depth = plan.tree.num_segments, plan.tree.max_segment_depth
+        report.dense_pairs, report.packed_pairs = plan.dense_pairs, plan.packed_pairs
+        report.saving = self.cost.saving(plan)
+        stats.count(
+            dense_tokens=plan.dense_tokens, valid_tokens=plan.valid_tokens, packed_tokens=plan.tokens,
+            plan_seconds=time.perf_counter() - started,
+        )  # fmt: skip
+        wanted = MIN_SAVING if self.options.min_saving is None else self.options.min_saving
+        if self.options.min_saving != 0 and report.saving < wanted:
+            raise DenseCall("not_worth_it", f"packing would save {report.saving:.0%} of the work, less than {wanted:.0%}")
+        return results, plan
+
+    def _prepare(self, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> tuple[Callable[..., Any], list[Any]]:
+        inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
+        if plan.tokens == 1:
+            return self.graphs.packed, inputs  # sizes of 1 are special to compilers, and there is nothing to gain
+        key = _modes()
+        artifact = self.artifacts.get(key)
+        if artifact is None:
+            artifact = compile_packed(self.graphs, self.aten, plan.tokens, self.options)
+            self.artifacts[key] = artifact
+        return artifact.call, inputs
+
+    def _input(self, spec: Input, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> Any:
+        if spec.kind == "argument":
+            return args[spec.index]
+        if spec.kind == "value":
+            return results[spec.index]
+        if spec.kind == "column":
+            return pack_column(results[spec.index], spec.dims, plan)
+        if spec.kind == "data_mask":
+            return plan.data_valid[spec.index][plan.row, plan.position][None]
+        return {
+            "subtree_end": plan.subtree_end, "depth": plan.depth, "segments": plan.segments, "positions": plan.position,
+        }[spec.kind]  # fmt: skip
+
+    def _late(self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any], plan: Plan) -> Any:
+        sources = {"argument": args, "prologue": results, "packed": packed, "class_of": (plan.class_of,)}
+        return self.graphs.late(*(sources[source][index] for source, index in self.graphs.late_inputs))
+
+    def _run_dense(
+        self, args: Sequence[Any], report: BatchReport, kind: str, text: str, error: BaseException | None = None
+    ) -> Any:
+        reason = FallbackReason.of(Unsupported(kind, None, text))
+        report.decision, report.why = "dense", str(reason)
+        self._collect(report)
+        if error is not None:
+            if self.options.strict:
+                raise FallbackError([reason]) from error
+            if kind not in self.warned:
+                self.warned.add(kind)
+                log.warning("this call runs as it was: %s", reason, exc_info=error)
+        elif kind not in ("not_worth_it", "empty_batch"):
+            if self.options.strict:
+                raise FallbackError([reason])
+            if kind not in self.warned:
+                self.warned.add(kind)
+                log.warning("this call runs as it was: %s", reason)
+        stats.count(dense=1)
+        return self.dense(*args)
+
+    def _collect(self, report: BatchReport) -> None:
+        if self.collector is not None:
+            self.collector(report)
+        log.debug("%s", report)
+
+
+def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
+    """A dense column at the representatives: its rows get size 1, its positions size T, its other dims stay."""
+    at = next((i for i, dim in enumerate(dims) if POSITION in dim), None)
+    if at is not None and not any(ROW in dim for dim in dims):
+        return value.index_select(at, plan.position)
+    packed = rows_first(value, dims, plan.rows, plan.positions)[plan.row, plan.position]
+    holder = POSITION if at is not None else ROW
+    rest = iter(range(1, packed.dim()))
+    order = [0 if holder in dim else next(rest) for dim in dims if holder in dim or ROW not in dim]
+    packed = packed.permute(order)
+    for i, dim in enumerate(dims):
+        if ROW in dim and holder not in dim:
+            packed = packed.unsqueeze(i)
+    return packed
+
+
+def _pass_through(error: BaseException) -> None:
+    """Out of memory and device errors are the caller's: running the original would only hide them."""
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    if isinstance(error, torch.OutOfMemoryError) or (accelerator_error and isinstance(error, accelerator_error)):
+        raise error

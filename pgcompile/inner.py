@@ -1,0 +1,200 @@
+"""The inner compiler: packed and dense graphs → callables, with artifacts shared by equal graphs.
+
+The packed graph is handed to the inner compiler directly, with T dynamic in a fresh ShapeEnv; no guard on T may be
+left. Two graphs with the same operations, constants and input types (a static and a dynamic trace of one model, say)
+share an artifact: parameters are inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from . import stats
+from .options import Options
+from .passes.verify import fake_inputs as packed_inputs
+
+compile_lock = threading.RLock()
+
+
+class Artifact:
+    """A compiled graph; a class of its own so that it can be held weakly."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+
+_artifacts: weakref.WeakValueDictionary[Any, Artifact] = weakref.WeakValueDictionary()
+
+
+def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """Give a graph to the inner compiler that `options` names."""
+    if options.inner == "eager":
+        return gm
+    if options.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(options.inner_mode) if options.inner_mode else None
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[no-any-return]
+
+
+def compile_packed(graphs: Any, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Artifact:
+    """The artifact for a packed graph, shared with equal graphs.
+
+    Args:
+        tokens: T of the batch at hand, a hint only.
+
+    Raises:
+        RuntimeError: if the inner compiler left a guard on the number of tokens.
+    """
+    key = (structure(graphs.packed), _types(graphs, aten_gm), options.inner, options.inner_mode, _modes())
+    with compile_lock:
+        found = _artifacts.get(key)
+        if found is None:
+            found = Artifact(_compile_packed(graphs, aten_gm, tokens, options))
+            _artifacts[key] = found
+            stats.count(compiles=1)
+    return found
+
+
+def _compile_packed(graphs: Any, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Callable[..., Any]:
+    if options.inner == "eager":
+        return graphs.packed  # type: ignore[no-any-return]
+    from torch._dynamo.source import ConstantSource
+
+    env = ShapeEnv()
+    source = ConstantSource("num_tokens")
+    # not a small number: sizes 0 and 1, and sizes equal to others, are specialised
+    hint = max(tokens, 64) + 13
+    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    with FakeTensorMode(shape_env=env):
+        size = env.create_symintnode(symbol, hint=hint, source=source)
+        inputs = packed_inputs(graphs, aten_gm, size)
+    call = compile_inner(_copy(graphs.packed), inputs, options)
+    guards = [g.expr for g in env.guards if symbol in g.expr.free_symbols and g.expr not in _TRIVIAL(symbol)]
+    if guards:
+        raise RuntimeError(f"the inner compiler specialised the number of tokens: {guards}")
+    return call
+
+
+def _TRIVIAL(symbol: Any) -> set[Any]:
+    """Guards that hold for every T of 2 or more."""
+    import sympy
+
+    return {sympy.Ne(symbol, 1), sympy.Ne(symbol, 0), symbol > 1, symbol >= 2, symbol > 0}
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that the inner compiler may change, without our own node metadata."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    return fx.GraphModule(gm, graph)
+
+
+def structure(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """What two graphs have in common iff they compute the same: operations, wiring and constants by value."""
+    number = {node: i for i, node in enumerate(gm.graph.nodes)}
+    rows = []
+    for node in gm.graph.nodes:
+        args = fx.map_arg((node.args, node.kwargs), lambda n: _Ref(number[n]))
+        target: Any = "" if node.op == "placeholder" else str(node.target)
+        if node.op == "get_attr":
+            target = _constant_key(getattr(gm, str(node.target)))
+        rows.append((node.op, target, repr(args)))
+    return tuple(rows)
+
+
+class _Ref:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
+
+def _constant_key(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), str(value.device), repr(value.tolist()))
+    return repr(value)
+
+
+def _types(graphs: Any, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = packed_inputs(graphs, aten_gm, 7919)
+    return tuple(
+        (tuple(x.shape), x.dtype, str(x.device), x.requires_grad) if isinstance(x, torch.Tensor) else repr(x)
+        for x in inputs
+    )
+
+
+def _modes() -> tuple[Any, ...]:
+    """What the inner compiler bakes in: grad mode, autocast, determinism."""
+    autocast = tuple(
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    )
+    return (
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast,
+        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
+    )  # fmt: skip
+
+
+class DenseGraph:
+    """The original graph through the inner compiler, compiled on first use and for each new set of guards."""
+
+    MOST = 8  # as Dynamo's recompile_limit
+
+    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
+        self.gm, self.options = gm, options
+        self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any]]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        if self.options.inner == "eager":
+            return self.gm(*args)
+        modes = _modes()
+        for env, code, compiled_modes, call in self.compiled:
+            if modes == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
+                return call(*args)
+        if len(self.compiled) >= self.MOST:
+            return self.gm(*args)
+        with compile_lock:
+            call = self._compile(args, modes)
+        return call(*args)
+
+    def _compile(self, args: Sequence[Any], modes: Any) -> Callable[..., Any]:
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
+
+        env = ShapeEnv()
+        fakes: list[Any] = []
+        mode = FakeTensorMode(shape_env=env)
+        examples = [n.meta["example_value"] for n in self.gm.graph.find_nodes(op="placeholder")]
+        for i, (arg, example) in enumerate(zip(args, examples, strict=True)):
+            source = ConstantSource(f"arg_{i}")
+            if isinstance(arg, torch.Tensor):
+                dynamic = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in example.shape]
+                context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+                fakes.append(mode.from_tensor(arg, symbolic_context=context, source=source))
+            elif isinstance(example, torch.SymInt):
+                symbol = env.create_symbol(arg, source, dynamic_dim=DimDynamic.DUCK)
+                fakes.append(env.create_symintnode(symbol, hint=arg, source=source))
+            else:
+                fakes.append(arg)
+        call = compile_inner(_copy(self.gm), fakes, self.options)
+        tensors = [f for f in fakes]
+        code = env.produce_guards_expression(tensors)
+        self.compiled.append((env, code, modes, call))
+        return call

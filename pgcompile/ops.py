@@ -1,0 +1,323 @@
+"""The operators of a packed graph: prefix attention, and the two gathers that repeat packed tokens.
+
+    prefix_attention   every packed token attends to the tokens before it in its own row
+    gather_tokens      packed [T, ...] to any list of its tokens, as unpacking needs
+    gather_entries     packed [T, V] to single entries of its rows, as a loss over labels needs
+
+Each has a schema, one implementation for CPU and CUDA, a fake for tracing (no size is baked in) and an
+autograd formula whose backward is an operator too, so that ahead-of-time autograd keeps both whole. The
+gathers are operators of our own because their backward sums: hundreds of copies of a shared token add up in
+float32 (float64 for float64), in an order that is the same in every run, and are rounded once. `x[index]` in
+bfloat16 gave 256 for 512 copies of gradient 1.
+
+Shapes by suffix: T packed tokens, H query heads, K key heads, D size of a query or key head, E size of a
+value head, M copies (segments in `segments_M5`), V vocabulary, N entries per copy.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from .engines import ENGINES
+from .engines.choose import choose
+from .engines.reference import compute_dtype
+
+# Elements of the float32 temporaries when a half-precision gradient is summed: 128 MiB, a slice of columns
+# large enough that launching kernels costs nothing, and small beside the activations of a training step.
+SUM_ELEMENTS = 1 << 25
+
+
+# prefix_attention
+
+
+def _prefix_attention(
+    q_1HTD: Tensor,
+    k_1KTD: Tensor,
+    v_1KTE: Tensor,
+    subtree_end_T: Tensor,
+    depth_T: Tensor,
+    segments_M5: Tensor,
+    key_valid: Sequence[Tensor],
+    same_value: Sequence[Tensor],
+    scale: float,
+    window: int | None,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    """Attention over packed tokens in depth-first preorder: (out `[1, H, T, E]`, lse `[1, H, T]`).
+
+    Query t sees key s iff s is t or an ancestor of it (`s <= t < subtree_end[s]`), every `key_valid` column
+    (bool [T]) holds at s, every `same_value` column ([T]) agrees at s and t, and `depth[t] - depth[s] <
+    window` where there is a window. H is a multiple of K; query head h uses key head h // (H // K).
+    `segments_M5` (int64, host memory) holds start, end, subtree_end, depth of the first token, and parent (-1
+    for roots) of every segment, in preorder.
+
+    A query that sees no key has out = 0, lse = -inf and zero gradients. lse is not differentiable. Raises
+    ValueError for an unknown engine and for tensors that don't fit together.
+    """
+    _check_heads(q_1HTD, k_1KTD, v_1KTE)
+    tokens = q_1HTD.shape[2]
+    for name, x, length in [
+        ("k", k_1KTD, k_1KTD.shape[2]),
+        ("v", v_1KTE, v_1KTE.shape[2]),
+        ("subtree_end", subtree_end_T, subtree_end_T.numel()),
+        ("depth", depth_T, depth_T.numel()),
+        *((f"key_valid[{i}]", x, x.numel()) for i, x in enumerate(key_valid)),
+        *((f"same_value[{i}]", x, x.numel()) for i, x in enumerate(same_value)),
+    ]:
+        if length != tokens or x.device != q_1HTD.device:
+            expected, found = f"{tokens} tokens on {q_1HTD.device}", f"{length} on {x.device}"
+            raise ValueError(f"prefix_attention: q has {expected}, {name} has {found}")
+    if not segments_M5.is_cpu:
+        raise ValueError("prefix_attention: segments must be in host memory (reading them must not wait)")
+    name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
+    return ENGINES[name].attention(
+        q_1HTD, k_1KTD, v_1KTE, subtree_end_T, depth_T, segments_M5, key_valid, same_value, scale, window
+    )
+
+
+def _check_heads(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor) -> None:
+    """Raise ValueError for heads that don't fit. No look at token counts: tracing must put no guard on T."""
+    q, k, v = (tuple(x.shape[i] for i in range(x.dim()) if i != 2) for x in (q_1HTD, k_1KTD, v_1KTE))
+    if not (len(q) == len(k) == len(v) == 3 and q[0] == k[0] == v[0] == 1):
+        raise ValueError(
+            f"prefix_attention: q, k, v must be [1, heads, T, size], are {q}, {k}, {v} without T"
+        )
+    if k[1] != v[1] or q[1] % k[1] != 0 or q[2] != k[2]:
+        raise ValueError(f"prefix_attention: (1, heads, size) of q {q}, k {k}, v {v} don't fit")
+    if not q_1HTD.dtype == k_1KTD.dtype == v_1KTE.dtype:
+        raise ValueError(f"prefix_attention: q is {q_1HTD.dtype}, k {k_1KTD.dtype}, v {v_1KTE.dtype}")
+
+
+def _prefix_attention_fake(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    _check_heads(q_1HTD, k_1KTD, v_1KTE)
+    heads, tokens = q_1HTD.shape[1:3]
+    out_1THE = q_1HTD.new_empty(1, tokens, heads, v_1KTE.shape[-1])
+    return out_1THE.transpose(1, 2), q_1HTD.new_empty(1, heads, tokens, dtype=compute_dtype(q_1HTD))
+
+
+def _prefix_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, subtree_end, depth, segments, key_valid, same_value, *ctx.options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, subtree_end, depth, segments, *key_valid, *same_value)
+    ctx.counts = len(key_valid), len(same_value)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # else every backward fills a gradient of lse with zeros
+
+
+def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Any, ...]:
+    valid, same = ctx.counts
+    dq = dk = dv = None
+    if grad_out is not None:
+        *tensors, subtree_end, depth, segments = ctx.saved_tensors[:8]
+        columns = ctx.saved_tensors[8:]
+        dq, dk, dv = prefix_attention_backward(
+            grad_out, *tensors, subtree_end, depth, segments, columns[:valid], columns[valid:], *ctx.options
+        )
+    return dq, dk, dv, None, None, None, [None] * valid, [None] * same, None, None, None
+
+
+def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) from out and lse, which follow v in the forward's arguments; no probabilities are kept."""
+    *args_before_engine, engine = args
+    name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
+    return ENGINES[name].attention_backward(grad_out_1HTE, q_1HTD, *args_before_engine)
+
+
+def _prefix_attention_backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in args[:3])
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The graph of a backward (create_graph=True) exists for the gathers, which are linear, but not here."""
+    raise NotImplementedError("prefix_attention has no second derivative: don't use create_graph=True")
+
+
+# gather_tokens
+
+
+def _gather_tokens(x: Tensor, index_M: Tensor) -> Tensor:
+    """`out[m] = x[index[m]]` for x `[T, ...]` of any dtype; zeros at index -1 (a dropped position)."""
+    hole_M = index_M < 0
+    if x.shape[0] == 0:
+        return x.new_zeros(index_M.shape[0], *x.shape[1:])
+    out = x.index_select(0, index_M.clamp_min(0))
+    if out.is_cpu:  # touch the few holes only; on a device, counting them would make the host wait
+        return out.index_fill_(0, hole_M.nonzero().flatten(), 0)
+    return out.masked_fill_(hole_M.view(-1, *[1] * (x.dim() - 1)), 0)
+
+
+def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> Tensor:
+    """Sum of the gradients of each token's copies, `[T, ...]`: deterministic, in float32, cast once."""
+    grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
+    copies, columns = grad_MC.shape
+    row_M = torch.where(index_M < 0, num_tokens, index_M)  # holes add up in a last row that is cut off
+    dtype = compute_dtype(grad)
+    if grad.dtype == dtype:
+        out_TC = _segment_sum(grad_MC, row_M, num_tokens + 1)[:num_tokens]
+    else:
+        out_TC = grad.new_empty(num_tokens, columns)
+        step = max(1, SUM_ELEMENTS // (copies + num_tokens + 1))
+        for start in range(0, columns, step):
+            part_MC = grad_MC[:, start : start + step].to(dtype)
+            out_TC[:, start : start + step] = _segment_sum(part_MC, row_M, num_tokens + 1)[:num_tokens]
+    return out_TC.view(num_tokens, *grad.shape[1:])
+
+
+def _segment_sum(values_MC: Tensor, row_M: Tensor, rows: int) -> Tensor:
+    """`out[r] = sum of values[m] where row[m] = r`, in the dtype of the values, bit-equal in every run.
+
+    These are the kernels that add each row's copies in a fixed order: on CPU index_add_ (on CUDA it uses
+    atomics), on CUDA index_put_, which sorts by row (on CPU its order depends on threads). No host sync.
+    """
+    out_RC = values_MC.new_zeros(rows, values_MC.shape[1])
+    if out_RC.is_cpu:
+        return out_RC.index_add_(0, row_M, values_MC)
+    return out_RC.index_put_((row_M,), values_MC, accumulate=True)
+
+
+def _gather_tokens_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    x, index = inputs
+    ctx.save_for_backward(index)
+    ctx.num_tokens = x.shape[0]
+
+
+def _gather_tokens_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return gather_tokens_backward(grad, *ctx.saved_tensors, ctx.num_tokens), None
+
+
+def _gather_tokens_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather_tokens_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return gather_tokens(grad, *ctx.saved_tensors), None, None
+
+
+# gather_entries
+
+
+def _gather_entries(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) -> Tensor:
+    """`out[m, n] = x[index[m], column[m, n]]`, zeros at index -1, without the `[M, V]` rows in between.
+
+    Raises RuntimeError, like torch.gather, for a column outside [0, V) (on CUDA a device-side assertion). At
+    index -1 the column may be anything: an ignored label stays what it is.
+    """
+    hole_M1 = (index_M < 0)[:, None]
+    inside_MN = (column_MN >= 0) & (column_MN < x_TV.shape[1])
+    message = f"gather_entries: column out of range for x of shape {tuple(x_TV.shape)}"
+    torch._assert_async((inside_MN | hole_M1).all(), message)
+    if x_TV.numel() == 0:
+        return x_TV.new_zeros(column_MN.shape)
+    return x_TV[index_M.clamp_min(0)[:, None], column_MN.masked_fill(hole_M1, 0)].masked_fill_(hole_M1, 0)
+
+
+def _gather_entries_backward(
+    grad_MN: Tensor, index_M: Tensor, column_MN: Tensor, num_tokens: int, vocab: int
+) -> Tensor:
+    """Dense gradient `[T, V]`: copies of one entry are summed as in gather_tokens, then written once.
+
+    Only M x N entries are held in float32: a dense float32 accumulator would be twice the gradient itself.
+    """
+    size = num_tokens * vocab
+    entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN).flatten()
+    entry, order = entry.sort(stable=True)
+    is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0
+    rank = is_first.cumsum(0) - 1  # of the entry among the distinct ones
+    values_M1 = grad_MN.flatten()[order, None].to(compute_dtype(grad_MN))
+    sums = _segment_sum(values_M1, rank, rank.shape[0]).flatten()
+    out = grad_MN.new_zeros(size + 1)  # holes write to a last entry that is cut off
+    out[entry] = sums[rank].to(out.dtype)  # copies of one entry all write the same sum
+    return out[:size].view(num_tokens, vocab)
+
+
+def _gather_entries_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x, index, column = inputs
+    ctx.save_for_backward(index, column)
+    ctx.shape = x.shape
+
+
+def _gather_entries_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return gather_entries_backward(grad, *ctx.saved_tensors, *ctx.shape), None, None
+
+
+def _gather_entries_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _gather_entries_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return gather_entries(grad, *ctx.saved_tensors), None, None, None, None
+
+
+# registration
+
+_LIBRARY = Library("pgcompile", "DEF")
+
+
+def _register(
+    schema: str, implementation: Callable, fake: Callable, backward: Callable, setup_context: Callable | None
+) -> Any:
+    """Define one operator and return its overload, the target of a graph node.
+
+    Tags: the operator reads tensors of any strides (no copies before it), and is safe to trace.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pgcompile::{name}", fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"pgcompile::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return getattr(torch.ops.pgcompile, name).default
+
+
+_MASK = (
+    "Tensor subtree_end, Tensor depth, Tensor segments, Tensor[] key_valid, Tensor[] same_value, "
+    "float scale, int? window, str engine"
+)
+
+prefix_attention = _register(
+    f"prefix_attention(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)",
+    _prefix_attention,
+    _prefix_attention_fake,
+    _prefix_attention_autograd,
+    _prefix_attention_setup,
+)
+prefix_attention_backward = _register(
+    "prefix_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _prefix_attention_backward,
+    _prefix_attention_backward_fake,
+    _refuse_second_derivative,
+    None,
+)
+gather_tokens = _register(
+    "gather_tokens(Tensor x, Tensor index) -> Tensor",
+    _gather_tokens,
+    lambda x, index: x.new_empty(index.shape[0], *x.shape[1:]),
+    _gather_tokens_autograd,
+    _gather_tokens_setup,
+)
+gather_tokens_backward = _register(
+    "gather_tokens_backward(Tensor grad, Tensor index, SymInt num_tokens) -> Tensor",
+    _gather_tokens_backward,
+    lambda grad, index, num_tokens: grad.new_empty(num_tokens, *grad.shape[1:]),
+    _gather_tokens_backward_autograd,
+    _gather_tokens_backward_setup,
+)
+gather_entries = _register(
+    "gather_entries(Tensor x, Tensor index, Tensor column) -> Tensor",
+    _gather_entries,
+    lambda x, index, column: x.new_empty(column.shape),
+    _gather_entries_autograd,
+    _gather_entries_setup,
+)
+gather_entries_backward = _register(
+    "gather_entries_backward(Tensor grad, Tensor index, Tensor column, SymInt num_tokens, SymInt vocab)"
+    " -> Tensor",
+    _gather_entries_backward,
+    lambda grad, index, column, num_tokens, vocab: grad.new_empty(num_tokens, vocab),
+    _gather_entries_backward_autograd,
+    _gather_entries_backward_setup,
+)

@@ -1,0 +1,81 @@
+"""What a user calls: `optimize` (decorator) and `explain`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, overload
+
+import torch
+
+from .backend import pgcompile
+from .options import Options
+from .report import BatchReport, Explanation, GraphReport
+
+F = TypeVar("F")
+
+
+@overload
+def optimize(target: F) -> F: ...
+@overload
+def optimize(target: None = None, **options: Any) -> Callable[[F], F]: ...
+def optimize(target: Any = None, **options: Any) -> Any:
+    """Compile a function, an `nn.Module` class or instance with pgcompile.
+
+    Args:
+        target: what to compile. A class gets its `forward` compiled for all instances; an instance is compiled in
+            place (`module.compile`); a function is wrapped.
+        **options: fields of `Options`.
+
+    Examples:
+        >>> @pgcompile.optimize(dropout="shared")
+        ... def token_logprobs(model, input_ids, attention_mask): ...
+    """
+    chosen = Options.of(options)
+    if target is None:
+        return functools.partial(_optimize, options=chosen)
+    return _optimize(target, chosen)
+
+
+def _optimize(target: Any, options: Options) -> Any:
+    backend = functools.partial(pgcompile, options=options)
+    if isinstance(target, torch.nn.Module):
+        target.compile(backend=backend)
+        return target
+    if isinstance(target, type):
+        if not issubclass(target, torch.nn.Module):
+            raise TypeError(f"optimize takes a function, an nn.Module class or instance, not the class {target.__name__}")
+        target.forward = torch.compile(target.forward, backend=backend)  # type: ignore[method-assign]
+        return target
+    if not callable(target):
+        raise TypeError(f"optimize takes a function, an nn.Module class or instance, not {type(target).__name__}")
+    return torch.compile(target, backend=backend)
+
+
+def explain(
+    fn: Callable[..., Any], *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any
+) -> Explanation:
+    """Run one batch and tell what was packed, and why something wasn't.
+
+    Nothing is changed: random state is restored, gradients are not computed, and the model isn't compiled afterwards.
+    The inner compiler isn't run (`inner="eager"`).
+
+    Args:
+        fn: a function or module.
+        *args, **kwargs: its arguments.
+        options: see `Options`; `strict` is ignored.
+    """
+    from dataclasses import replace
+
+    chosen = replace(Options.of(options), inner="eager", inner_mode=None, strict=False)
+    explanation = Explanation()
+
+    def collect(report: GraphReport | BatchReport) -> None:
+        (explanation.graphs if isinstance(report, GraphReport) else explanation.batches).append(report)  # type: ignore[arg-type]
+
+    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        compiled(*args, **kwargs)
+    return explanation

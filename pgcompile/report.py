@@ -1,0 +1,132 @@
+"""What happened, for people and programs: reports of graphs and batches, `Explanation`, `FallbackError`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .passes.reasons import FallbackReason
+
+log = logging.getLogger("pgcompile")
+
+_WORST = ("packed", "islands", "eager")
+
+
+class FallbackError(RuntimeError):
+    """Raised instead of falling back, with `strict=True`. `reasons` has them all."""
+
+    def __init__(self, reasons: list[FallbackReason]) -> None:
+        self.reasons = reasons
+        super().__init__("pgcompile can't pack this graph:\n" + "\n".join(f"  - {r}" for r in reasons))
+
+
+@dataclass
+class AttentionReport:
+    """One attention: how it was spelled, what a token may see, who computes it and why not somebody faster."""
+
+    node: str
+    spelling: str
+    mask: str
+    engine: str
+    why: str
+
+
+@dataclass
+class BatchReport:
+    """One call: what the plan found and what was decided.
+
+    `saving` is the share of the counted work that packing saves; `decision` is "packed" or "dense", `why` says why.
+    """
+
+    rows: int = 0
+    positions: int = 0
+    dense_tokens: int = 0
+    valid_tokens: int = 0
+    packed_tokens: int = 0
+    segments: int = 0
+    depth: int = 0
+    dense_pairs: int = 0
+    packed_pairs: int = 0
+    saving: float = 0.0
+    decision: str = "dense"
+    why: str = ""
+
+
+@dataclass
+class GraphReport:
+    """One Dynamo graph: "packed", "islands" or "eager", its attention, and the reasons if it isn't packed."""
+
+    status: str = "packed"
+    attention: list[AttentionReport] = field(default_factory=list)
+    fallbacks: list[FallbackReason] = field(default_factory=list)
+    notes: list[FallbackReason] = field(default_factory=list)
+    islands: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Explanation:
+    """What `explain` found; prints as tables.
+
+    Args:
+        status: the worst of the graphs' ("packed" < "islands" < "eager").
+        graphs: a report for each Dynamo graph.
+        batches: a report for each plan, in the order of the calls.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    batches: list[BatchReport] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        return max((g.status for g in self.graphs), key=_WORST.index, default="eager")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers: fit for JSON."""
+        return {"status": self.status, "graphs": [asdict(g) for g in self.graphs], "batches": [asdict(b) for b in self.batches]}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=110, highlight=False)
+        with console.capture() as capture:
+            self._print(console)
+        return capture.get().rstrip()
+
+    def _print(self, console: Any) -> None:
+        from rich.table import Table
+
+        console.print(f"[bold]pgcompile: {self.status}[/bold]")
+        for i, graph in enumerate(self.graphs):
+            if graph.attention:
+                table = Table("attention", "spelling", "mask", "engine", title=f"graph {i}: {graph.status}", title_justify="left")
+                for group, names in _alike(graph.attention):
+                    table.add_row(names, group.spelling, group.mask, group.engine)
+                console.print(table)
+            else:
+                console.print(f"graph {i}: {graph.status}")
+            for reason in (*graph.fallbacks, *graph.notes):
+                console.print(f"  {reason.kind}: {reason.explanation}", markup=False)
+                if reason.source:
+                    console.print(f"    at {reason.source}", markup=False)
+                if reason.hint:
+                    console.print(f"    hint: {reason.hint}", markup=False)
+        if self.batches:
+            names = ("rows", "positions", "dense_tokens", "valid_tokens", "packed_tokens", "segments", "depth", "saving", "decision")
+            table = Table(*(n.replace("_", " ") for n in names), title="batches", title_justify="left")
+            for batch in self.batches:
+                cells = [getattr(batch, n) for n in names]
+                table.add_row(*(f"{c:.1%}" if isinstance(c, float) else str(c) for c in cells))
+            console.print(table)
+            for batch in self.batches:
+                if batch.why:
+                    console.print(f"  {batch.why}", markup=False)
+
+
+def _alike(attention: list[AttentionReport]) -> list[tuple[AttentionReport, str]]:
+    """Attention nodes that differ in their names only, as one line."""
+    groups: dict[tuple[str, ...], list[AttentionReport]] = {}
+    for a in attention:
+        groups.setdefault((a.spelling, a.mask, a.engine), []).append(a)
+    return [(g[0], g[0].node if len(g) == 1 else f"{g[0].node} and {len(g) - 1} more") for g in groups.values()]

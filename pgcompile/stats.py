@@ -1,0 +1,63 @@
+"""Counters of the process: how often packing happened, and what it saved."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot.
+
+    Args:
+        packed, dense, eager: calls by outcome: packed; packable but run dense (nothing to save, or a mask that isn't
+            causal); a graph that can't be packed.
+        dense_tokens: rows × positions, over the calls that built a plan.
+        valid_tokens: of those, tokens that are not dropped padding.
+        packed_tokens: of those, distinct ones.
+        compiles: packed graphs given to the inner compiler.
+        recompile_limit_hits: frames on which Dynamo gave up (its `recompile_limit`).
+        plan_seconds: time spent planning.
+    """
+
+    packed: int = 0
+    dense: int = 0
+    eager: int = 0
+    dense_tokens: int = 0
+    valid_tokens: int = 0
+    packed_tokens: int = 0
+    compiles: int = 0
+    recompile_limit_hits: int = 0
+    plan_seconds: float = 0.0
+
+
+_lock = threading.Lock()
+_current = Stats()
+_limit_hits_at_reset = 0
+
+
+def count(**increments: float) -> None:
+    """Add to counters by name."""
+    global _current
+    with _lock:
+        _current = replace(_current, **{k: getattr(_current, k) + v for k, v in increments.items()})  # type: ignore[arg-type]
+
+
+def stats() -> Stats:
+    """Counters since the process started or `reset_stats()`."""
+    return replace(_current, recompile_limit_hits=_limit_hits() - _limit_hits_at_reset)
+
+
+def reset_stats() -> None:
+    """Set all counters to zero."""
+    global _current, _limit_hits_at_reset
+    with _lock:
+        _current, _limit_hits_at_reset = Stats(), _limit_hits()
+
+
+def _limit_hits() -> int:
+    """Dynamo counts the frames it leaves to eager because of `recompile_limit` among its unimplemented reasons."""
+    from torch._dynamo.utils import counters
+
+    return sum(n for reason, n in counters["unimplemented"].items() if "recompile_limit" in reason)

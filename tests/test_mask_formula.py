@@ -1,0 +1,641 @@
+"""Masks read as formulas: against the mask itself, by enumeration, and near misses with their reasons.
+
+`check` traces a function that builds a mask, reads the graph, evaluates the formula in plain Python on fresh random
+inputs (of another shape, where the trace is symbolic) and compares every `(n, q, k)` with what the function returns.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from pgcompile.passes.graph import to_aten
+from pgcompile.passes.mask_expr import OPS, Const, Element, Index
+from pgcompile.passes.mask_formula import CAUSAL, conjoin, emit_column, read_additive, read_allowed, require_causal
+from pgcompile.passes.reasons import Unsupported
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+MIN = torch.finfo(torch.float32).min
+INF = float("inf")
+both_modes = pytest.mark.parametrize("mode", ["fake", "symbolic"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the oracle
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps every node's value."""
+
+    def run_node(self, node):
+        value = super().run_node(node)
+        self.values[node] = value.clone() if isinstance(value, torch.Tensor) else value
+        return value
+
+    def record(self, *args):
+        self.values = {}
+        super().run(*args, enable_io_processing=False)
+        return self.values
+
+
+def value_at(expr, at, values):
+    """An expression at the indices `at`, as a tensor without dims: plain enumeration."""
+    place = lambda affine: affine.offset + sum(c * at[d] for d, c in affine.terms)  # noqa: E731
+    if isinstance(expr, Const):
+        return torch.tensor(expr.value, dtype=expr.dtype)
+    if isinstance(expr, Index):
+        return torch.tensor(place(expr.index), dtype=expr.dtype)
+    if isinstance(expr, Element):
+        return values[expr.node][tuple(map(place, expr.indices))]
+    args = [value_at(a, at, values) for a in expr.args]
+    return args[0].to(expr.dtype) if expr.name == "to" else OPS[expr.name](*args)
+
+
+def column_values(column, values, rows, length):
+    return torch.stack([
+        torch.stack([value_at(column.expr, (n, s), values) for s in range(length)]) for n in range(rows)
+    ])
+
+
+def evaluate(formula, values, rows, length):
+    """The formula as a dense `[N, 1, S, S]` condition."""
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    allowed = torch.ones(rows, 1, length, length, dtype=torch.bool)
+    if formula.causal:
+        allowed &= k <= q
+    if formula.window is not None:
+        allowed &= q - k < formula.window
+    for column in formula.key_valid:
+        allowed &= column_values(column, values, rows, length).bool()[:, None, None, :]
+    for column in formula.same_value:
+        c = column_values(column, values, rows, length)
+        allowed &= (c[:, :, None] == c[:, None, :])[:, None]
+    return allowed
+
+
+def tokens(rows=3, length=7, seed=0):
+    """A padding mask, segment numbers and positions, all integer `[N, S]`."""
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.randint(0, 2, (rows, length), generator=generator)
+    segments = torch.randint(0, 3, (rows, length), generator=generator)
+    positions = torch.randint(0, length, (rows, length), generator=generator)
+    return padding, segments, positions
+
+
+def trace(build, mode="fake", inputs=None):
+    gm = make_fx(build, tracing_mode=mode, pre_dispatch=True)(*(inputs or tokens()))
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+def output(gm):
+    return next(n for n in gm.graph.nodes if n.op == "output").args[0]
+
+
+def is_allowed(mask):
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def read(build, mode="fake", inputs=None, **options):
+    mask = output(trace(build, mode, inputs))
+    reader = read_allowed if mask.meta["val"].dtype == torch.bool else read_additive
+    return reader(mask, **options)
+
+
+def check(build, words, mode="fake", inputs=tokens, negated=False, **options):
+    """The formula has these words and is the mask; returns it."""
+    gm = trace(build, mode, inputs())
+    mask = output(gm)
+    reader = functools.partial(read_allowed, negated=negated)
+    formula = (reader if mask.meta["val"].dtype == torch.bool else read_additive)(mask, **options)
+    assert not isinstance(formula, Unsupported), formula
+    assert formula.describe() == words
+    shapes = [(3, 7)] if mode == "fake" else [(3, 7), (5, 4)]
+    for seed, (rows, length) in enumerate(shapes):
+        given = inputs(rows, length, seed + 1)
+        values = Recorder(gm).record(*given)
+        expected = is_allowed(build(*given)) != negated
+        assert torch.equal(evaluate(formula, values, rows, length), expected.expand(rows, 1, length, length))
+        check_emitted(gm, formula, given, rows, length)
+    return formula
+
+
+def check_emitted(gm, formula, given, rows, length):
+    """`emit_column` computes what enumeration does."""
+    columns = (*formula.key_valid, *formula.same_value)
+    copied = fx.Graph()
+    nodes = {}
+    copied.output(copied.graph_copy(gm.graph, nodes))
+    copied_gm = fx.GraphModule(gm, copied)
+    like = next(n for n in copied.nodes if n.op == "placeholder")
+    out = next(n for n in copied.nodes if n.op == "output")
+    for column in columns:
+        moved = replace(column, expr=_renamed(column.expr, nodes))
+        with copied.inserting_before(out):
+            emitted = emit_column(copied, moved, like)
+        copied_gm.recompile()
+        values = Recorder(copied_gm).record(*given)
+        assert values[emitted].shape in ((rows, length), (1, length))
+        assert emitted.meta["val"].dim() == 2 and emitted.meta["val"].dtype == values[emitted].dtype
+        assert torch.equal(values[emitted].expand(rows, length), column_values(moved, values, rows, length))
+
+
+def _renamed(expr, nodes):
+    if isinstance(expr, Element):
+        return replace(expr, node=nodes[expr.node])
+    return replace(expr, args=tuple(_renamed(a, nodes) for a in expr.args)) if hasattr(expr, "args") else expr
+
+
+def assert_refused(found, kind, part=""):
+    assert isinstance(found, Unsupported), found
+    assert found.kind == kind and part in found.explanation, found
+
+
+def positions_of(x):
+    return torch.arange(x.shape[1])
+
+
+def causal(x):
+    i = positions_of(x)
+    return i[None, :] <= i[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# spellings that are understood
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOOLEAN = {
+    "le": (lambda p, s, x: causal(p), "causal"),
+    "not gt": (lambda p, s, x: ~(positions_of(p) > positions_of(p)[:, None]), "causal"),
+    "lt one more": (lambda p, s, x: positions_of(p) < positions_of(p)[:, None] + 1, "causal"),
+    "shifted arange": (lambda p, s, x: torch.arange(5, p.shape[1] + 5) <= torch.arange(5, p.shape[1] + 5)[:, None], "causal"),
+    "doubled": (lambda p, s, x: positions_of(p) * 2 <= positions_of(p)[:, None] * 2 + 1, "causal"),
+    "difference": (lambda p, s, x: positions_of(p)[:, None] - positions_of(p) >= 0, "causal"),
+    "float arange": (lambda p, s, x: positions_of(p).float() <= positions_of(p).float().view(-1, 1), "causal"),
+    "tril of ones": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril() == 1, "causal"),
+    "tril bool": (lambda p, s, x: p.new_ones(p.shape[1], p.shape[1], dtype=torch.bool).tril()[None, None], "causal"),
+    "not triu": (lambda p, s, x: ~torch.ones(p.shape[1], p.shape[1], dtype=torch.bool).triu(1), "causal"),
+    "rank 3 with size 1": (lambda p, s, x: causal(p)[None], "causal"),
+    "true & causal": (lambda p, s, x: torch.ones((), dtype=torch.bool) & causal(p) & (positions_of(p) >= 0)[:, None], "causal"),
+    "causal or never": (lambda p, s, x: causal(p) | (positions_of(p) < 0), "causal"),
+    "in place": (lambda p, s, x: causal(p).logical_and_(torch.ones((), dtype=torch.bool)), "causal"),
+    "window": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - 3), "causal ∧ window(3)"),
+    "window ge": (lambda p, s, x: causal(p) & (positions_of(p) >= positions_of(p)[:, None] - 3), "causal ∧ window(4)"),
+    "window by triu": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril().triu(-2).bool(), "causal ∧ window(3)"),
+    "narrower window": (
+        lambda p, s, x: causal(p) & (positions_of(p)[:, None] - positions_of(p) < 5) & ~(positions_of(p)[:, None] - positions_of(p) >= 2),
+        "causal ∧ window(2)",
+    ),
+    "itself": (lambda p, s, x: positions_of(p) == positions_of(p)[:, None], "causal ∧ window(1)"),
+    "padding": (lambda p, s, x: causal(p) & p.bool()[:, None, None, :], "causal ∧ key_padding(p_1)"),
+    "padding by index": (
+        lambda p, s, x: causal(p) & p.bool()[torch.arange(p.shape[0])[:, None, None, None], positions_of(p)[None, None, None, :]],
+        "causal ∧ key_padding(p_1)",
+    ),
+    "padding by any expression": (
+        lambda p, s, x: causal(p) & ((p * 3 - s) % 2 == 1)[:, None, None].expand(-1, 1, p.shape[1], -1),
+        "causal ∧ key_padding(p_1, s_1)",
+    ),
+    "either of two paddings": (lambda p, s, x: causal(p) & ((p > 0) | (s == 2))[:, None, None], "causal ∧ key_padding(p_1, s_1)"),
+    "padding of opaque": (lambda p, s, x: causal(p) & (p.cumsum(-1) > 1)[:, None, None], "causal ∧ key_padding(cumsum)"),
+    "padding from a slice": (
+        lambda p, s, x: causal(p) & torch.nn.functional.pad(p, (2, 0))[:, 2:].bool()[:, None, None],
+        "causal ∧ key_padding(pad)",
+    ),
+    "padding from a table": (lambda p, s, x: causal(p) & torch.cat([p[0], p[1]])[1 : p.shape[1] + 1].bool(), "causal ∧ key_padding(cat)"),
+    "every second key": (lambda p, s, x: causal(p) & (positions_of(p) % 2 == 0), "causal ∧ key_padding(position)"),
+    "rows of their own": (lambda p, s, x: causal(p) & (p.sum(-1) >= 0)[:, None, None, None], "causal ∧ key_padding(sum_1)"),
+    "another row's padding": (lambda p, s, x: causal(p) & p.roll(1, 0).bool()[:, None, None], "causal ∧ key_padding(roll)"),
+    "documents": (lambda p, s, x: causal(p) & (s[:, None, :, None] == s[:, None, None, :]), "causal ∧ same_value(s_1)"),
+    "documents, not ne": (lambda p, s, x: causal(p) & ~(s[:, None, None] != s[:, None, :, None]), "causal ∧ same_value(s_1)"),
+    "two conditions": (lambda p, s, x: causal(p) & ((s > 0)[:, None, None] == (s > 0)[:, None, :, None]), "causal ∧ same_value(s_1)"),
+    "chunks": (lambda p, s, x: causal(p) & (positions_of(p) // 3 == positions_of(p)[:, None] // 3), "causal ∧ same_value(position)"),
+    "chunks after padding": (
+        lambda p, s, x: causal(p)
+        & ((positions_of(p) - s[:, 0, None]) // 3)[:, None, None].eq(((positions_of(p) - s[:, 0, None]) // 3)[:, None, :, None]),
+        "causal ∧ same_value(s_1)",
+    ),
+    "all": (
+        lambda p, s, x: (causal(p) & (positions_of(p) > positions_of(p)[:, None] - 4))[None, None]
+        & p.bool()[:, None, None]
+        & (x[:, None, None] == x[:, None, :, None]),
+        "causal ∧ window(4) ∧ key_padding(p_1) ∧ same_value(x_1)",
+    ),
+    "where": (lambda p, s, x: torch.where(causal(p), p.bool()[:, None, None], False), "causal ∧ key_padding(p_1)"),
+    "masked_fill": (lambda p, s, x: causal(p).masked_fill(p[:, None, None] == 0, False), "causal ∧ key_padding(p_1)"),
+    "product of integers": (lambda p, s, x: (causal(p).long() * p.bool()[:, None, None].long()).bool(), "causal ∧ key_padding(p_1)"),
+    "views": (
+        lambda p, s, x: causal(p).t().transpose(0, 1).unsqueeze(0).squeeze(0).reshape(1, 1, p.shape[1], p.shape[1])
+        & p.view(p.shape[0], 1, 1, p.shape[1]).permute(0, 2, 1, 3).bool().expand(-1, -1, p.shape[1], -1),
+        "causal ∧ key_padding(p_1)",
+    ),
+}  # fmt: skip
+
+
+@both_modes
+@pytest.mark.parametrize("name", BOOLEAN)
+def test_boolean_masks_are_read(name, mode):
+    check(*BOOLEAN[name], mode)
+
+
+@both_modes
+def test_negated_masks_are_read(mode):
+    future = lambda p, s, x: ~causal(p) | (p == 0)[:, None, None]  # noqa: E731
+    check(future, "causal ∧ key_padding(p_1)", mode, negated=True)
+
+
+def allowed(p):
+    return causal(p) & p.bool()[:, None, None]
+
+
+ADDITIVE = {
+    "where": (lambda p, s, x: torch.where(allowed(p), 0.0, MIN), "causal ∧ key_padding(p_1)", False),
+    "where tensors": (lambda p, s, x: torch.where(allowed(p), torch.tensor(0.0), torch.tensor(-INF)), "causal ∧ key_padding(p_1)", True),
+    "masked_fill": (lambda p, s, x: torch.zeros(p.shape[1], p.shape[1]).masked_fill(~causal(p), -INF), "causal", True),
+    "one minus": (lambda p, s, x: (1.0 - allowed(p).float()) * MIN, "causal ∧ key_padding(p_1)", False),
+    "triu of full": (lambda p, s, x: torch.triu(torch.full((p.shape[1], p.shape[1]), -INF), 1), "causal", True),
+    "triu times later": (
+        lambda p, s, x: torch.full((p.shape[1], p.shape[1]), MIN).triu(1).mul_(positions_of(p) > positions_of(p)[:, None]),
+        "causal", False,
+    ),
+    "sum": (
+        lambda p, s, x: torch.full((p.shape[1], p.shape[1]), -INF).triu(1) + torch.where(p > 0, 0.0, -INF)[:, None, None],
+        "causal ∧ key_padding(p_1)", True,
+    ),
+    "sum that overflows": (
+        lambda p, s, x: (1.0 - causal(p).float()) * MIN + (1.0 - p.bool().float())[:, None, None] * MIN, "causal ∧ key_padding(p_1)", False,
+    ),
+    "inverted fill": (
+        lambda p, s, x: (1.0 - p.float()).masked_fill((1.0 - p.float()).bool(), MIN)[:, None, None] + torch.where(causal(p), 0.0, MIN),
+        "causal ∧ key_padding(p_1)", False,
+    ),
+    "bfloat16": (
+        lambda p, s, x: torch.where(allowed(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min),
+        "causal ∧ key_padding(p_1)", False,
+    ),
+    "float32 min rounds to -inf": (lambda p, s, x: torch.where(causal(p), 0.0, MIN).bfloat16(), "causal", True),
+}  # fmt: skip
+
+
+@both_modes
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_additive_masks_are_read(name, mode):
+    build, words, minus_inf = ADDITIVE[name]
+    assert check(build, words, mode).minus_inf is minus_inf
+
+
+@both_modes
+def test_parts_of_a_mask_need_not_be_causal(mode):
+    padding = lambda p, s, x: p.bool()[:, None, None, :]  # noqa: E731
+    part = check(padding, "key_padding(p_1)", mode, alone=False)
+    assert_refused(read(padding, mode), "not_causal")
+    assert_refused(require_causal(conjoin(part), None), "not_causal")
+    whole = conjoin(CAUSAL, part, replace(CAUSAL, window=4, minus_inf=False), replace(CAUSAL, window=2))
+    assert whole.describe() == "causal ∧ window(2) ∧ key_padding(p_1)" and not whole.minus_inf
+    assert require_causal(whole, None) is whole
+
+
+@pytest.mark.parametrize("rows, length", [(1, 6), (6, 6), (4, 4)])
+def test_sizes_have_no_meaning(rows, length):
+    """N = S = H, and N = 1."""
+    build = lambda p, s, x: (  # noqa: E731
+        causal(p)[None, None].expand(p.shape[0], 1, -1, -1) & p.bool()[:, None, None] & (s[:, None, None] == s[:, None, :, None])
+    )
+    formula = read(build, inputs=tokens(rows, length))
+    assert formula.describe() == "causal ∧ key_padding(p_1) ∧ same_value(s_1)"
+    transposed = lambda p, s, x: causal(p) & p.t().bool()[:, None, None]  # noqa: E731
+    if rows == length:
+        given = tokens(rows, length, 1)
+        gm = trace(transposed, inputs=given)
+        found = read_allowed(output(gm))
+        values = Recorder(gm).record(*given)
+        assert torch.equal(evaluate(found, values, rows, length), transposed(*given))
+        check_emitted(gm, found, given, rows, length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# near misses
+# ---------------------------------------------------------------------------------------------------------------------
+
+UNCLEAR = "mask_not_understood"
+REFUSED = {
+    "strictly before": (lambda p, s, x: positions_of(p) < positions_of(p)[:, None], UNCLEAR, "not to itself"),
+    "tril -1": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril(-1).bool(), UNCLEAR, "not to itself"),
+    "one ahead": (lambda p, s, x: positions_of(p) <= positions_of(p)[:, None] + 1, "not_causal", ""),
+    "tril 1": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril(1).bool(), "not_causal", ""),
+    "everything": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1], dtype=torch.bool), "not_causal", ""),
+    "nothing": (lambda p, s, x: causal(p) & torch.zeros((), dtype=torch.bool), UNCLEAR, "masks everything"),
+    "padding only": (lambda p, s, x: p.bool()[:, None, None], "not_causal", ""),
+    "documents only": (lambda p, s, x: s[:, None, None] == s[:, None, :, None], "not_causal", ""),
+    "key and query swapped": (lambda p, s, x: causal(p).t(), "not_causal", ""),
+    "later only": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None], UNCLEAR, "after it"),
+    "window of none": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None]), UNCLEAR, ""),
+    "window without causal": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - 3, "not_causal", ""),
+    "symbolic window": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - s[0, 0]), UNCLEAR, ""),
+    "causal or padding": (lambda p, s, x: causal(p) | p.bool()[:, None, None], UNCLEAR, ""),
+    "causal or window": (lambda p, s, x: causal(p) | (positions_of(p) < 2), UNCLEAR, ""),
+    "prefix language model": (lambda p, s, x: causal(p) | (s[:, None, None] == s[:, None, :, None]), UNCLEAR, ""),
+    "query mask": (lambda p, s, x: causal(p) & p.bool()[:, None, :, None], UNCLEAR, "whole queries"),
+    "query mask by index": (lambda p, s, x: causal(p) & (positions_of(p) > 1)[:, None], UNCLEAR, "whole queries"),
+    "by values": (lambda p, s, x: x[:, None, None] <= x[:, None, :, None], UNCLEAR, ""),
+    "by values and index": (lambda p, s, x: positions_of(p) <= x[:, None, :, None], UNCLEAR, ""),
+    "doubled key": (lambda p, s, x: positions_of(p) * 2 <= positions_of(p)[:, None], UNCLEAR, ""),
+    "not itself": (lambda p, s, x: causal(p) & (positions_of(p) != positions_of(p)[:, None]), UNCLEAR, ""),
+    "same value of two columns": (lambda p, s, x: causal(p) & (s[:, None, None] == x[:, None, :, None]), UNCLEAR, ""),
+    "same value of the next row": (lambda p, s, x: causal(p) & (s.roll(1, 0)[:, None, None] == s[:, None, :, None]), UNCLEAR, ""),
+    "same value of the next token": (
+        lambda p, s, x: causal(p) & (torch.cat([s, s], 1)[:, 1 : s.shape[1] + 1][:, None, None] == torch.cat([s, s], 1)[:, None, : s.shape[1], None]),
+        UNCLEAR, "",
+    ),
+    "other value": (lambda p, s, x: causal(p) & (s[:, None, None] != s[:, None, :, None]), UNCLEAR, ""),
+    "same float": (lambda p, s, x: causal(p) & (s.float()[:, None, None] == s.float()[:, None, :, None]), UNCLEAR, ""),
+    "by head": (lambda p, s, x: causal(p) & (torch.arange(4) > 1)[:, None, None], UNCLEAR, "heads"),
+    "window by head": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - torch.arange(4)[:, None, None], UNCLEAR, "heads"),
+    "rows where heads are": (lambda p, s, x: causal(p) & p.bool()[:, None, :], UNCLEAR, "heads"),
+    "rounded index": (lambda p, s, x: positions_of(p).bfloat16() <= positions_of(p).bfloat16()[:, None], UNCLEAR, ""),
+    "rounded by an offset": (
+        lambda p, s, x: positions_of(p).float() + 1e8 <= positions_of(p).float()[:, None] + 1e8, UNCLEAR, "",
+    ),
+    "rounded by a start": (lambda p, s, x: torch.arange(10**8, p.shape[1] + 10**8).float() <= positions_of(p)[:, None] + 1e8, UNCLEAR, ""),
+    "rank 1": (lambda p, s, x: positions_of(p) >= 0, UNCLEAR, "rank 1"),
+    "integers": (lambda p, s, x: causal(p).long(), UNCLEAR, "int64"),
+    "-10000": (lambda p, s, x: (1.0 - causal(p).float()) * -10000.0, "finite_mask", "-10000"),
+    "-1e9": (lambda p, s, x: torch.where(causal(p), 0.0, -1e9), "finite_mask", ""),
+    "0 * -inf": (lambda p, s, x: (1.0 - causal(p).float()) * -INF, "finite_mask", "nan"),
+    "ones": (lambda p, s, x: torch.where(causal(p), 1.0, MIN), "finite_mask", "1.0"),
+    "another dtype's min": (lambda p, s, x: torch.where(causal(p), 0.0, torch.finfo(torch.float16).min), "finite_mask", ""),
+    "bfloat16 min in float32": (lambda p, s, x: torch.where(causal(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min).float(), "finite_mask", ""),
+    "additive without causal": (lambda p, s, x: torch.where(p > 0, 0.0, -INF)[:, None, None], "not_causal", ""),
+    "reversed additive": (lambda p, s, x: torch.where(causal(p), -INF, 0.0), UNCLEAR, ""),
+    "alibi": (lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (positions_of(p) - positions_of(p)[:, None]) * 0.5, UNCLEAR, "query and key"),
+    "alibi by head": (lambda p, s, x: torch.where(causal(p), 0.0, -INF) + positions_of(p) * torch.rand(4)[:, None, None], UNCLEAR, "heads"),
+    "alibi by values": (lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (x[:, None, None] - x[:, None, :, None]) * 0.5, UNCLEAR, ""),
+}  # fmt: skip
+
+
+@both_modes
+@pytest.mark.parametrize("name", REFUSED)
+def test_near_misses_are_refused(name, mode):
+    build, kind, part = REFUSED[name]
+    found = read(build, mode)
+    assert_refused(found, kind, part)
+    assert found.node is not None
+
+
+def written_view(p, s, x):
+    mask = causal(p)[None].clone()
+    view = mask[0]
+    view.fill_(True)
+    return mask
+
+
+def written_between(p, s, x):
+    scores = torch.zeros(p.shape[1], p.shape[1])
+    row = scores[:, :]
+    scores.masked_fill_(~causal(p), -INF)
+    return row * 1.0
+
+
+@both_modes
+@pytest.mark.parametrize("build", [written_view, written_between])
+def test_views_that_are_written_are_refused(build, mode):
+    assert_refused(read(build, mode), UNCLEAR, "in place")
+
+
+def test_a_leaf_that_is_written_later_is_refused():
+    def build(p, s, x):
+        q = p * 1
+        column = q.cumsum(1)
+        mask = causal(p) & (column > 2)[:, None, None]
+        column.add_(1)
+        return mask, column
+
+    mask = output(trace(build))[0]
+    assert_refused(read_allowed(mask), UNCLEAR, "in place")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# masks that are data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def masks(rows=3, length=7, seed=0):
+    """A tril buffer, a caller's 4-D mask and padding."""
+    tril = torch.ones(1, 1, 16, 16).tril()
+    return tril, torch.ones(rows, 1, length, length).tril() > 0, tokens(rows, length, seed)[0]
+
+
+DATA = {
+    "caller's": (lambda b, m, p: m, {}),
+    "caller's and padding": (lambda b, m, p: m & p.bool()[:, None, None], {}),
+    "caller's and causal": (lambda b, m, p: m & causal(p), {}),
+    "caller's or padding": (lambda b, m, p: m | p.bool()[:, None, None], {}),
+    "caller's 3-D": (lambda b, m, p: m[:, 0][:, None], {}),
+    "caller's 2-D": (lambda b, m, p: m[0, 0], {}),
+    "buffer": (lambda b, m, p: b[:, :, : p.shape[1], : p.shape[1]].bool(), {}),
+    "buffer == 1": (lambda b, m, p: b[:, :, : p.shape[1], : p.shape[1]] == 1, {}),
+    "cumsum of rank 4": (lambda b, m, p: m.cumsum(-1) > 0, {}),
+    "additive": (lambda b, m, p: torch.where(m, 0.0, MIN), {"data_additive": True}),
+    "additive as given": (lambda b, m, p: b[:, :, : p.shape[1], : p.shape[1]] * 1.0, {"data_additive": True}),
+    "additive and padding": (
+        lambda b, m, p: torch.where(m, 0.0, MIN) + torch.where(p > 0, 0.0, MIN)[:, None, None], {"data_additive": True},
+    ),
+    "additive per key": (lambda b, m, p: ((1.0 - p.float()) * MIN)[:, None, None], {"data_additive": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_masks_that_are_data(name):
+    build, fields = DATA[name]
+    mask = output(trace(build, inputs=masks()))
+    found = (read_allowed if mask.meta["val"].dtype == torch.bool else read_additive)(mask)
+    assert not isinstance(found, Unsupported), found
+    assert found.data is mask and found.leaves == (mask,)
+    assert {f: getattr(found, f) for f in ("data_additive", "data_negated")} == {"data_additive": False, "data_negated": False} | fields
+    assert not found.causal and not found.key_valid
+
+
+def test_negated_data_and_two_data_masks():
+    gm = trace(lambda b, m, p: (b[:, :, : p.shape[1], : p.shape[1]] == 0, m), inputs=masks())
+    first, second = output(gm)
+    formula = read_allowed(first, negated=True)
+    assert formula.data is first and formula.data_negated
+    assert conjoin(formula, CAUSAL).data is first and conjoin(formula, formula) == formula
+    assert_refused(conjoin(formula, read_allowed(second)), UNCLEAR, "two masks")
+
+
+def test_data_by_head_and_finite_data_are_refused():
+    heads = lambda b, m, p: m.expand(-1, 4, -1, -1).clone() & (torch.rand(4) > 0.5)[:, None, None]  # noqa: E731
+    assert_refused(read(heads, inputs=masks()), UNCLEAR, "heads")
+    finite = lambda b, m, p: torch.where(m, 0.0, -1e4)  # noqa: E731
+    assert_refused(read(finite, inputs=masks()), "finite_mask")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# packed sequences by position ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def packed_positions(rows=3, length=7, seed=0):
+    """Positions that restart, as a trainer packs documents into rows; and arbitrary ones in the last row."""
+    restart = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)) < 0.3
+    index = torch.arange(length).expand(rows, -1)
+    start = torch.where(restart, index, 0).cummax(1).values
+    positions = index - start
+    positions[-1] = torch.randint(0, 3, (length,), generator=torch.Generator().manual_seed(seed))
+    return (positions,)
+
+
+def segments_of(x, prepend=1, by=1):
+    return (torch.diff(x, prepend=x[:, :1] - prepend, dim=-1) != by).cumsum(-1)
+
+
+def within(c):
+    return c[:, None, None] == c[:, None, :, None]
+
+
+PACKED = {
+    "causal": (lambda x: within(segments_of(x)) & (x[:, None, None] <= x[:, None, :, None]), "causal ∧ same_value(cumsum)"),
+    "window": (
+        lambda x: within(segments_of(x)) & (x[:, None, None] <= x[:, None, :, None]) & (x[:, None, None] > x[:, None, :, None] - 2),
+        "causal ∧ window(2) ∧ same_value(cumsum)",
+    ),
+    "indices": (
+        lambda x: within(segments_of(positions_of(x)[None].expand(x.shape[0], -1))) & causal(x), "causal",
+    ),
+}  # fmt: skip
+
+
+@both_modes
+@pytest.mark.parametrize("name", PACKED)
+def test_positions_within_a_segment_are_indices(name, mode):
+    build, words = PACKED[name]
+    check(build, words, mode, inputs=packed_positions)
+
+
+NOT_PACKED = {
+    "no segments": lambda x: x[:, None, None] <= x[:, None, :, None],
+    "other segments": lambda x: within(segments_of(x + 0, by=2)) & (x[:, None, None] <= x[:, None, :, None]),
+    "other start": lambda x: within(segments_of(x, prepend=2)) & (x[:, None, None] <= x[:, None, :, None]),
+    "segments of other positions": lambda x: within(segments_of(x * 2)) & (x[:, None, None] <= x[:, None, :, None]),
+    "segments down the rows": lambda x: within((torch.diff(x, prepend=x[:1] - 1, dim=0) != 1).cumsum(0)) & (x[:, None, None] <= x[:, None, :, None]),
+    "position against index": lambda x: within(segments_of(x)) & (positions_of(x) <= x[:, None, :, None]),
+    "sums of positions": lambda x: within(segments_of(x)) & (x[:, None, None] + x[:, None, :, None] <= 9),
+}
+
+
+@both_modes
+@pytest.mark.parametrize("name", NOT_PACKED)
+def test_positions_elsewhere_are_values(name, mode):
+    assert_refused(read(NOT_PACKED[name], mode, packed_positions()), UNCLEAR)
+
+
+def test_segments_of_floats_are_values():
+    build = lambda x: within(segments_of(x.float())) & (x.float()[:, None, None] <= x.float()[:, None, :, None])  # noqa: E731
+    assert_refused(read(build, inputs=packed_positions()), UNCLEAR)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY = dict(
+    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, vocab_size=64
+)
+
+
+def model_masks(kind, calls, *, dynamic=False, attention="sdpa", dtype=torch.float32, **config):
+    """Every call's `(mask node, values of all nodes)` in a compiled transformers model."""
+    transformers = pytest.importorskip("transformers")
+    settings = getattr(transformers, kind)(**{**TINY, **config})
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=dtype)
+    found = []
+
+    def backend(gm, _):
+        traced = to_aten(gm)
+
+        def run(*args):
+            found.append((_mask_of(traced.graph), Recorder(traced).record(*args)))
+            return gm(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    for call in calls:
+        compiled(**call, use_cache=False)
+    return found
+
+
+def _mask_of(graph):
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            return node.args[3]
+        if node.target is torch.ops.aten.softmax.int:
+            return node.args[0].args[1]
+    raise AssertionError("no attention")
+
+
+def batch(rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.ones(rows, length, dtype=torch.long)
+    padding[0, :2] = 0
+    padding[1, -3:] = 0
+    return {"input_ids": torch.randint(0, 64, (rows, length), generator=generator), "attention_mask": padding}
+
+
+def without_mask(call):
+    return {"input_ids": call["input_ids"]}
+
+
+def check_model(found, words, shapes):
+    assert len(found) == len(shapes)
+    for (mask, values), (rows, length) in zip(found, shapes, strict=True):
+        formula = (read_allowed if mask.meta["val"].dtype == torch.bool else read_additive)(mask)
+        assert not isinstance(formula, Unsupported), formula
+        assert formula.describe() == words
+        actual = is_allowed(values[mask])
+        assert torch.equal(evaluate(formula, values, rows, length), actual.expand(rows, 1, length, length))
+    return formula
+
+
+SHAPES = [(3, 12), (4, 9)]
+PADDING = "key_padding(l_kwargs_attention_mask_)"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_llama(dynamic):
+    calls = [batch(*shape) for shape in SHAPES]
+    check_model(model_masks("LlamaConfig", calls, dynamic=dynamic), f"causal ∧ {PADDING}", SHAPES)
+    found = model_masks("LlamaConfig", map(without_mask, calls), dynamic=dynamic)
+    check_model(found, "causal", SHAPES)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_mistral_window(dynamic):
+    calls = [batch(*shape) for shape in SHAPES]
+    found = model_masks("MistralConfig", calls, dynamic=dynamic, sliding_window=8)
+    check_model(found, f"causal ∧ window(8) ∧ {PADDING}", SHAPES)
+
+
+@pytest.mark.parametrize("kind, words, config", [
+    ("LlamaConfig", "causal ∧ same_value(cumsum)", {}),
+    ("MistralConfig", "causal ∧ window(3) ∧ same_value(cumsum)", {"sliding_window": 3}),
+])  # fmt: skip
+def test_packed_documents(kind, words, config):
+    calls = [{**without_mask(batch(*s)), "position_ids": packed_positions(*s)[0]} for s in SHAPES]
+    check_model(model_masks(kind, calls, dynamic=True, **config), words, SHAPES)
+
+
+def test_bfloat16_additive():
+    calls = [batch(*shape) for shape in SHAPES]
+    found = model_masks("LlamaConfig", calls, attention="eager", dtype=torch.bfloat16)
+    assert not check_model(found, f"causal ∧ {PADDING}", SHAPES).minus_inf
+
+
+def test_a_mask_that_the_caller_gives():
+    mask = torch.ones(3, 1, 12, 12).tril().bool()
+    [(node, _)] = model_masks("LlamaConfig", [{**batch(3, 12), "attention_mask": mask}])
+    assert read_allowed(node).data is node

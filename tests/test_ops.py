@@ -1,0 +1,479 @@
+"""The operators of a packed graph against brute force, and inside torch.compile.
+
+Trees here are built from token ids by a dictionary of prefixes, independently of pgcompile.prefix_tree, and
+attention is checked against a loop over tokens that follows parent pointers, independently of `subtree_end`.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pgcompile import ops
+from pgcompile.engines import ENGINES, reference
+from pgcompile.engines.choose import choose
+
+INF = float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """Packed tokens in depth-first preorder: the parent of each (-1 for roots) and what the op takes."""
+
+    parent: list[int]
+    subtree_end: Tensor
+    depth: Tensor
+    segments: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.parent)
+
+    def path(self, token: int) -> list[int]:
+        """The token's row up to itself, root first."""
+        return [token] if self.parent[token] < 0 else [*self.path(self.parent[token]), token]
+
+
+def tree_of_rows(rows: list[list[int]]) -> Tree:
+    """One class per distinct prefix of the rows."""
+    children: dict[tuple[int, ...], list[tuple[int, ...]]] = {(): []}
+    for row in rows:
+        for i in range(len(row)):
+            prefix = tuple(row[: i + 1])
+            if prefix not in children:
+                children[prefix] = []
+                children[prefix[:-1]].append(prefix)
+    order: list[tuple[int, ...]] = []
+    pending = children[()][::-1]
+    while pending:
+        order.append(pending.pop())
+        pending += children[order[-1]][::-1]
+    number = {prefix: i for i, prefix in enumerate(order)}
+    ends = [max(j for j, other in enumerate(order) if other[: len(p)] == p) + 1 for p in order]
+    # A class begins a segment unless it is the only child of another class.
+    begins = [i for i, p in enumerate(order) if len(p) == 1 or len(children[p[:-1]]) > 1]
+    segment_of = [sum(b <= i for b in begins) - 1 for i in range(len(order))]
+    stops = [*begins[1:], len(order)]
+    parent = [number.get(p[:-1], -1) for p in order]
+    segments = [
+        [a, b, ends[a], len(order[a]) - 1, segment_of[parent[a]] if parent[a] >= 0 else -1]
+        for a, b in zip(begins, stops, strict=True)
+    ]
+    depth = torch.tensor([len(p) - 1 for p in order])
+    return Tree(parent, torch.tensor(ends), depth, torch.tensor(segments).view(-1, 5))
+
+
+def random_tree(seed: int, rows: int = 9, length: int = 8) -> Tree:
+    """Rows that continue a prefix of an earlier row, or start afresh."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (), generator=generator))
+
+    ids = [[0] * length]
+    for n in range(1, rows):
+        kept = ids[draw(n)][: draw(length)]
+        ids.append(kept + [n] * (1 + draw(length)))
+    return tree_of_rows(ids)
+
+
+def inputs(
+    tree: Tree, heads: int = 2, key_heads: int = 2, size: int = 4, value_size: int = 4, seed: int = 0
+) -> list:
+    """Token-major q, k, v as models make them, float64."""
+    torch.manual_seed(seed)
+    shapes = [(heads, size), (key_heads, size), (key_heads, value_size)]
+    return [torch.randn(1, tree.tokens, *shape, dtype=torch.float64).transpose(1, 2) for shape in shapes]
+
+
+def columns(tree: Tree, seed: int = 0) -> dict:
+    """Two columns of each kind: about one key in four is invalid, same_value splits rows into chunks."""
+    generator = torch.Generator().manual_seed(seed)
+    keep, other = torch.rand(2, tree.tokens, generator=generator) > 0.15
+    return {
+        "key_valid": [keep, other],
+        "same_value": [tree.depth // 3, torch.randint(2, keep.shape, generator=generator)],
+    }
+
+
+def attend(tree: Tree, q, k, v, key_valid=(), same_value=(), scale=0.5, window=None, engine="reference"):
+    mask = tree.subtree_end, tree.depth, tree.segments, list(key_valid), list(same_value)
+    return torch.ops.pgcompile.prefix_attention(q, k, v, *mask, scale, window, engine)
+
+
+def visible_keys(tree: Tree, token: int, key_valid=(), same_value=(), window=None) -> list[int]:
+    path = tree.path(token)
+    return [
+        s
+        for i, s in enumerate(path)
+        if all(c[s] for c in key_valid)
+        and all(c[s] == c[token] for c in same_value)
+        and (window is None or len(path) - 1 - i < window)
+    ]
+
+
+def brute_force(tree: Tree, q, k, v, scale=0.5, **mask) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each token over the keys of its own row, one token and one head at a time."""
+    group = q.shape[1] // k.shape[1]
+    out, lse = [], []
+    for head in range(q.shape[1]):
+        for token in range(tree.tokens):
+            keys = visible_keys(tree, token, **mask)
+            if not keys:
+                out.append(v.new_zeros(v.shape[-1]))
+                lse.append(v.new_tensor(-INF))
+                continue
+            scores = k[0, head // group, keys] @ q[0, head, token] * scale
+            out.append(scores.softmax(-1) @ v[0, head // group, keys])
+            lse.append(scores.logsumexp(-1))
+    shape = 1, q.shape[1], tree.tokens
+    return torch.stack(out).view(*shape, -1), torch.stack(lse).view(shape)
+
+
+def gradients(function, tensors: list[Tensor], seed: int = 1) -> list[Tensor]:
+    """Value and gradients of the first output under a random output gradient."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+# --- prefix_attention
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_helper_tree_is_what_the_op_documents():
+    tree = tree_of_rows([[1, 2, 3], [1, 2, 4, 5], [6]])
+    assert tree.parent == [-1, 0, 1, 1, 3, -1]
+    assert tree.subtree_end.tolist() == [5, 5, 3, 5, 5, 6]
+    assert tree.segments.tolist() == [[0, 2, 5, 0, -1], [2, 3, 3, 2, 0], [3, 5, 5, 2, 0], [5, 6, 6, 0, -1]]
+
+
+SHAPES = {
+    "plain": {},
+    "gqa": {"heads": 6, "key_heads": 2},
+    "value size": {"heads": 4, "key_heads": 1, "value_size": 3},
+}
+
+
+@pytest.mark.parametrize("masked", ["nothing", "columns"])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("block", [3, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_attention_equals_brute_force(seed, shape, block, window, masked, monkeypatch):
+    monkeypatch.setattr(reference, "QUERY_BLOCK", block)
+    tree = random_tree(seed)
+    qkv = inputs(tree, **SHAPES[shape])
+    mask = {"window": window, **(columns(tree, seed) if masked == "columns" else {})}
+    out, lse = attend(tree, *qkv, **mask)
+    expected_out, expected_lse = brute_force(tree, *qkv, **mask)
+    torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+    assert not lse.requires_grad and lse.dtype == torch.float64
+    assert (lse == -INF).any() == (masked == "columns"), "the columns must leave some query without a key"
+    expected = gradients(lambda *x: brute_force(tree, *x, **mask)[0], qkv)
+    actual = gradients(lambda *x: attend(tree, *x, **mask)[0], qkv)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rows", [[[1]], [[1], [2], [3]], [[1, 2, 3]]], ids=["one token", "single tokens", "one row"]
+)
+def test_attention_of_tiny_trees(rows):
+    tree = tree_of_rows(rows)
+    qkv = inputs(tree)
+    expected = gradients(lambda *x: brute_force(tree, *x)[0], qkv)
+    for a, e in zip(gradients(lambda *x: attend(tree, *x)[0], qkv), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_queries_without_keys_get_zeros_and_no_nan(dtype):
+    tree = random_tree(2)
+    qkv = [(50 * x).to(dtype) for x in inputs(tree)]
+    nothing = torch.zeros(tree.tokens, dtype=torch.bool)
+    out, lse = attend(tree, *qkv, key_valid=[nothing])
+    assert (out == 0).all() and (lse == -INF).all()
+    assert all((g == 0).all() for g in gradients(lambda *x: attend(tree, *x, key_valid=[nothing])[0], qkv))
+    some = gradients(lambda *x: attend(tree, *x, **columns(tree))[0], qkv)
+    assert all(g.isfinite().all() for g in some)
+    blind = attend(tree, *qkv, **columns(tree))[1][0, 0] == -INF
+    assert (
+        blind.any()
+        and not blind.all()
+        and (some[1][0, :, blind] == 0).all()
+        and (some[0][0, :, blind] == 0).all()
+    )
+
+
+def test_attention_gradcheck():
+    tree = random_tree(3, rows=4, length=4)
+    q, k, v = (x.requires_grad_() for x in inputs(tree, heads=4, value_size=3))
+    torch.autograd.gradcheck(lambda *x: attend(tree, *x, **columns(tree), window=3)[0], (q, k, v))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_attention_with_some_inputs_that_need_no_gradient(wanted):
+    tree = random_tree(0)
+    every = gradients(lambda *x: attend(tree, *x)[0], inputs(tree))[1:]
+    qkv = [x.requires_grad_(i in wanted) for i, x in enumerate(inputs(tree))]
+    generator = torch.Generator().manual_seed(1)
+    out = attend(tree, *qkv)[0]
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
+    for i, x in enumerate(qkv):
+        assert (x.grad is not None) == (i in wanted)
+        assert x.grad is None or torch.equal(x.grad, every[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_rounds_no_worse_than_sdpa(dtype):
+    """Trees of more than one block; truth is float64 on the rounded inputs, the yardstick is SDPA in the
+    dtype.
+    """
+    tree = random_tree(4, rows=24, length=40)
+    assert tree.tokens > 3 * reference.QUERY_BLOCK
+    qkv = [x.to(dtype) for x in inputs(tree, heads=4, key_heads=2, size=32, value_size=32)]
+    mask = torch.zeros(tree.tokens, tree.tokens, dtype=torch.bool)
+    for token in range(tree.tokens):
+        mask[token, tree.path(token)] = True
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.2, enable_gqa=True)
+
+    truth = gradients(sdpa, [x.double() for x in qkv])
+    theirs, ours = gradients(sdpa, qkv), gradients(lambda *x: attend(tree, *x, scale=0.2)[0], qkv)
+    for name, t, a, b in zip(["out", "dq", "dk", "dv"], truth, ours, theirs, strict=True):
+        our_error, their_error = (a.double() - t).abs().max(), (b.double() - t).abs().max()
+        assert a.dtype == dtype and our_error <= 2 * their_error, (name, our_error, their_error)
+
+
+def test_attention_is_token_major_and_bit_equal_between_runs_and_strides():
+    tree = random_tree(5)
+    qkv = [x.float() for x in inputs(tree, heads=4)]
+    first = gradients(lambda *x: attend(tree, *x)[0], qkv)
+    assert attend(tree, *qkv)[0].transpose(1, 2).is_contiguous()
+    for other in (qkv, [x.contiguous() for x in qkv]):
+        again = gradients(lambda *x: attend(tree, *x)[0], other)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_attention_refuses_what_does_not_fit():
+    tree = random_tree(0)
+    q, k, v = inputs(tree, heads=4)
+    with pytest.raises(ValueError, match="unknown attention engine 'fast'.*auto, reference"):
+        attend(tree, q, k, v, engine="fast")
+    with pytest.raises(ValueError, match="don't fit"):
+        attend(tree, q[:, :3], k, v)
+    with pytest.raises(ValueError, match="float32"):
+        attend(tree, q, k.float(), v)
+    with pytest.raises(ValueError, match=r"key_valid\[0\] has 3"):
+        attend(tree, q, k, v, key_valid=[torch.ones(3, dtype=torch.bool)])
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        out = attend(tree, q.requires_grad_(), k, v)[0]
+        torch.autograd.grad(out.sum(), q, create_graph=True)[0].sum().backward()
+
+
+def test_choose_names_engine_and_reason():
+    for wish in ("auto", "reference"):
+        name, why = choose(wish, torch.device("cpu"), torch.float32)
+        assert name in ENGINES and why
+
+
+# --- gather_tokens
+# ------------------------------------------------------------------------------------------------------
+
+gather_tokens = torch.ops.pgcompile.gather_tokens
+gather_entries = torch.ops.pgcompile.gather_entries
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3), (7, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_gather_tokens_equals_indexing(shape, dtype):
+    x = (torch.randn(shape) * 10).to(dtype)
+    for source in (x, x.mT.contiguous().mT if x.dim() > 1 else x):
+        index = torch.tensor([3, -1, 0, 6, 3, -1, 6])
+        out = gather_tokens(source, index)
+        assert out.dtype == dtype and torch.equal(out[index >= 0], x[index[index >= 0]])
+        assert not out[index < 0].any()
+    assert gather_tokens(x[:0], torch.tensor([-1, -1])).shape == (2, *shape[1:])
+    assert gather_tokens(x, index[:0]).shape == (0, *shape[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_512_copies_add_up(dtype):
+    x = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
+    gather_tokens(x, torch.tensor([1] * 512 + [-1] * 5 + [2])).sum().backward()
+    assert x.grad.tolist() == [[0, 0], [512, 512], [1, 1]]
+    logits = torch.zeros(3, 4, dtype=dtype, requires_grad=True)
+    gather_entries(logits, torch.tensor([1] * 512), torch.full((512, 1), 2)).sum().backward()
+    assert logits.grad[1, 2] == 512 and logits.grad.sum() == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gather_gradients_are_rounded_once(dtype, monkeypatch):
+    """Against a float64 sum: half the last digit, and for float32 what adding 40 numbers costs."""
+    monkeypatch.setattr(ops, "SUM_ELEMENTS", 4000)  # several slices of columns
+    torch.manual_seed(0)
+    index, grad = torch.randint(-1, 50, (2000,)), torch.randn(2000, 5).to(dtype)
+    exact = torch.zeros(51, 5, dtype=torch.float64).index_add_(0, index % 51, grad.double())[:50]
+    actual = torch.ops.pgcompile.gather_tokens_backward(grad, index, 50)
+    tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 + 1e-5
+    torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=1e-5)
+    assert actual.dtype == dtype
+
+
+def test_gather_backwards_are_bit_equal_for_any_number_of_threads():
+    torch.manual_seed(0)
+    index, grad = torch.randint(-1, 300, (20000,)), torch.randn(20000, 16)
+    column = torch.randint(0, 5, (20000, 16))
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            tokens = torch.ops.pgcompile.gather_tokens_backward(grad, index, 300)
+            narrow = torch.ops.pgcompile.gather_tokens_backward(grad[:, 0], index, 300)
+            entries = torch.ops.pgcompile.gather_entries_backward(grad, index, column, 300, 5)
+            runs.append(torch.cat([tokens.flatten(), narrow, entries.flatten()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_gather_gradcheck():
+    index = torch.tensor([3, -1, 0, 3, 3, 1])
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    column = torch.randint(0, 4, (6, 3))
+    column[1] = -100
+    for function in (lambda x: gather_tokens(x, index), lambda x: gather_entries(x, index, column)):
+        assert torch.autograd.gradcheck(function, (x,)) and torch.autograd.gradgradcheck(function, (x,))
+
+
+# --- gather_entries
+# -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gather_entries_equals_gather(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(6, 9, dtype=dtype, requires_grad=True)
+    index, column = torch.randint(0, 6, (40,)), torch.randint(0, 9, (40, 3))
+    hole = torch.arange(40) % 7 == 0
+    expected = x[index].gather(1, column) * ~hole[:, None]
+    ignored = torch.where(
+        hole[:, None], torch.tensor([-100, 9, 2**40]), column
+    )  # anything goes where index is -1
+    actual = gather_entries(x, torch.where(hole, -1, index), ignored)
+    assert torch.equal(actual, expected)
+    grad = torch.randint(-3, 4, (40, 3)).to(dtype)  # small integers: every order of adding is exact
+    assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (actual, expected)))
+
+
+@pytest.mark.parametrize("column", [-1, 9])
+def test_gather_entries_raises_like_gather(column):
+    x, index, columns_MN = torch.randn(6, 9), torch.tensor([0, 2]), torch.tensor([[1], [column]])
+    with pytest.raises(RuntimeError, match="out of"):
+        x[index].gather(1, columns_MN)
+    with pytest.raises(RuntimeError, match="column out of range"):
+        gather_entries(x, index, columns_MN)
+
+
+def test_gather_entries_of_nothing():
+    hole, column = torch.tensor([-1, -1]), torch.tensor([[5], [-3]])
+    x = torch.zeros(0, 4, requires_grad=True)
+    out = gather_entries(x, hole, column)
+    out.sum().backward()
+    assert out.tolist() == [[0], [0]] and x.grad.shape == (0, 4)
+    assert gather_entries(torch.zeros(3, 4), hole[:0], column[:0]).shape == (0, 1)
+
+
+# --- tracing
+# ------------------------------------------------------------------------------------------------------------
+
+
+def opcheck_samples() -> dict:
+    tree = random_tree(0, rows=5, length=4)
+    qkv = [x.float() for x in inputs(tree, heads=4, value_size=3)]
+    mask = columns(tree)
+    args = tree.subtree_end, tree.depth, tree.segments, mask["key_valid"], mask["same_value"]
+    index, column = torch.tensor([3, -1, 0, 3]), torch.tensor([[1, 2], [-5, 77], [0, 0], [1, 1]])
+    x = torch.randn(4, 6)
+    return {
+        "attention": ("prefix_attention", (*[x.requires_grad_() for x in qkv], *args, 0.5, 3, "auto")),
+        "attention, no columns": ("prefix_attention", (*qkv, *args[:3], [], [], 0.5, None, "reference")),
+        "attention, half": ("prefix_attention", (*[x.bfloat16() for x in qkv], *args, 0.5, 2, "reference")),
+        "tokens": ("gather_tokens", (x.clone().requires_grad_(), index)),
+        "tokens, strided": (
+            "gather_tokens",
+            (torch.randn(3, 6, 4).mT.transpose(0, 1).requires_grad_(), index),
+        ),
+        "tokens, integers": ("gather_tokens", (torch.arange(4), index)),
+        "tokens backward": ("gather_tokens_backward", (x.clone().requires_grad_(), index, 9)),
+        "entries": ("gather_entries", (x.clone().requires_grad_(), index, column)),
+        "entries backward": (
+            "gather_entries_backward",
+            (x[:, :2].clone().requires_grad_(), index, column, 9, 7),
+        ),
+    }
+
+
+@pytest.mark.parametrize("sample", opcheck_samples())
+def test_opcheck(sample):
+    name, args = opcheck_samples()[sample]
+    torch.library.opcheck(getattr(torch.ops.pgcompile, name).default, args)
+
+
+@functools.cache
+def packed_batch(seed: int) -> tuple:
+    tree = random_tree(seed, rows=4 + 3 * seed)
+    torch.manual_seed(seed)
+    index = torch.randint(-1, tree.tokens, (3 * tree.tokens,))
+    mask = columns(tree, seed)
+    return tree, torch.randn(1, tree.tokens, 8), index, torch.randint(0, 16, (len(index), 1)), mask
+
+
+def small_model(weights, stream, tree_tensors, key_valid, same_value, index, column):
+    """What a packed graph looks like: projections, attention, logits, and both gathers before a loss."""
+    q, k, v = ((stream @ w).view(1, -1, 2, 4).transpose(1, 2) for w in weights[:3])
+    mask = *tree_tensors, key_valid, same_value
+    out, _ = torch.ops.pgcompile.prefix_attention(q, k, v, *mask, 0.5, 3, "auto")
+    logits = (stream + out.transpose(1, 2).reshape(1, -1, 8)).tanh()[0] @ weights[3]
+    rows = torch.ops.pgcompile.gather_tokens(logits.logsumexp(-1), index)
+    return (torch.ops.pgcompile.gather_entries(logits, index, column)[:, 0] - rows).square()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_compile_serves_every_length(backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(small_model, backend=counter, dynamic=True, fullgraph=True)
+    torch.manual_seed(0)
+    weights = [torch.randn(8, 8, requires_grad=True) for _ in range(3)] + [
+        torch.randn(8, 16, requires_grad=True)
+    ]
+    seen = set()
+    for seed in range(4):
+        tree, stream, index, column, mask = packed_batch(seed)
+        seen.add((tree.tokens, len(tree.segments)))
+        args = (
+            (tree.subtree_end, tree.depth, tree.segments),
+            mask["key_valid"],
+            mask["same_value"],
+            index,
+            column,
+        )
+        results = []
+        for function in (small_model, compiled):
+            x = stream.clone().requires_grad_()
+            loss = function(weights, x, *args)
+            results.append([loss, *torch.autograd.grad(loss.sum(), [x, *weights])])
+        for eager, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, eager, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 4, "the batches must differ in tokens and segments"
+    assert counter.frame_count == 1

@@ -1,0 +1,85 @@
+"""Every case of refusals.py keeps the original's values and gradients, and is refused or packed as it says."""
+
+import re
+
+import pytest
+from harness import BACKEND, assert_same, compiled, differences, kept_positions, run, status_of
+from refusals import CASES, HEADS, HIDDEN
+
+# (rows, positions): no size equals another, then each coincidence that a size-reading analysis would fall for.
+SIZES = {
+    "generic": (6, 10),
+    "rows_equal_positions": (5, 5),
+    "rows_equal_heads": (HEADS, 7),
+    "positions_equal_hidden": (6, HIDDEN),
+}
+THIS_FILE = "refusals.py"
+
+needs_pgcompile = pytest.mark.skipif(BACKEND != "pgcompile", reason="asks pgcompile for its reasons")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_the_original(name, size):
+    case = CASES[name]
+    report = assert_same(case.build(), case.arguments(*SIZES[size]), dynamic=False)
+    if BACKEND == "pgcompile" and size == "generic":
+        assert status_of(report.stats) in case.outcome.statuses
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_dynamic_compile_over_sizes(name):
+    """Square first: Dynamo then uses one symbol for rows and positions if it is allowed to."""
+    case = CASES[name]
+    reference, original = case.build(), case.build()
+    fast = compiled(original, dynamic=True)
+    for seed, (rows, positions) in enumerate([(5, 5), (6, 10), (HEADS, HIDDEN)]):
+        arguments = case.arguments(rows, positions, seed=seed)
+        copies = case.arguments(rows, positions, seed=seed)
+        for own, other in zip(copies, arguments, strict=True):
+            if other is not None and other.is_floating_point():
+                own.data.copy_(other.data)  # random inputs
+            elif other is not None:
+                own.copy_(other)
+        kept = kept_positions(*arguments[:2]) if arguments[1] is not None else None
+        expected = run(reference, arguments, kept=kept)
+        actual = run(fast, copies, kept=kept, owner=original)
+        lines = differences(actual, expected, 1e-10, 1e-9)
+        assert not lines, "\n".join([f"at {rows} x {positions}:", *lines])
+
+
+@needs_pgcompile
+@pytest.mark.parametrize("name", CASES)
+def test_the_reason_and_its_line(name):
+    import pgcompile
+
+    case = CASES[name]
+    explanation = pgcompile.explain(
+        case.build(), *case.arguments(*SIZES["generic"]), options={"inner": "eager", "min_saving": 0}
+    )
+    if explanation.status == "packed":
+        decisions = [batch.decision for batch in explanation.batches]
+        assert "packed" in case.outcome.statuses or any(decision != "packed" for decision in decisions), decisions
+        return
+    assert explanation.status in case.outcome.statuses, explanation.to_dict()
+    fallbacks = [fallback for graph in explanation.graphs for fallback in graph.fallbacks]
+    assert fallbacks, "refused without a reason"
+    if not case.outcome.kinds:
+        return
+    expected = [fallback for fallback in fallbacks if fallback.kind in case.outcome.kinds]
+    assert expected, f"kinds {sorted({fallback.kind for fallback in fallbacks})}, expected {sorted(case.outcome.kinds)}"
+    lines = {line for fallback in expected for line in lines_named(str(fallback.source))}
+    assert lines & case.marked_lines, f"sources {[str(f.source) for f in expected]}, lines {sorted(case.marked_lines)}"
+    assert all(fallback.explanation and fallback.hint for fallback in expected)
+
+
+def lines_named(source: str) -> set[int]:
+    """The line numbers of refusals.py in 'refusals.py:12', 'File ".../refusals.py", line 12' and the like."""
+    return {int(line) for line in re.findall(re.escape(THIS_FILE) + r"\D{0,10}(\d+)", source)}
+
+
+def test_the_suite_is_as_large_as_promised():
+    may_not_pack = [case for case in CASES.values() if "packed" not in case.outcome.statuses]
+    legitimate_after_attention = [case for case in CASES.values() if case.place in ("hidden", "logits")]
+    assert len(may_not_pack) >= 44
+    assert len(legitimate_after_attention) >= 8
