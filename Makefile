@@ -6,6 +6,7 @@
 # into that one: it needs torch and the extras dev and examples already, and gets only a link to this folder.
 
 SHELL   := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 VENV    ?= .venv
@@ -36,7 +37,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	rm -rf $(TREE) && mkdir -p $(TREE)
 	ln -s "$(CURDIR)"/pgcompile/* "$(CURDIR)/passes" $(TREE)
-	$(BIN)/mypy
+	$(BIN)/mypy | sed 's|^$(TREE)/passes|passes|; s|^$(TREE)|pgcompile|'
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
