@@ -1,18 +1,19 @@
 """GRPO on additions, trained twice from one seed: without pgcompile, then with it.
 
-A small Qwen3 reads 17 worked additions and must solve the next one, working included:
+A small Qwen3 over bytes reads 17 worked additions and has to solve the next one, working included:
 
     47+38=15+70=85
     ...
-    26+51=          the model answers 07+70=77, eight byte tokens
+    26+51=          the answer is 07+70=77: eight tokens
 
-A short supervised warm-up leaves it right about one time in five. Then GRPO (group-normalised rewards, the clipped PPO
-objective) samples 16 answers to each prompt, checks them by adding, and updates. In an update the 16 rows of a group
-repeat the same 261 prompt tokens; pgcompile runs them once. The two runs differ in one argument of one line:
+A short supervised warm-up leaves it right about one time in four. Then GRPO (rewards normalised within a group, PPO's
+clipped objective) samples 16 answers to every prompt, checks them by adding, and updates the model. The 16 rows of a
+group repeat the same 261 prompt tokens; pgcompile runs them once. The two runs differ in one argument:
 
     update_loss = torch.compile(grpo_loss, backend=backend)
 
-Weights, prompts and the random numbers that sample the answers are the same in both. Prints a table, writes a picture:
+Weights, optimizer state, prompts and the random numbers behind the sampled answers are the same in both. The script
+shows its progress, prints a table, and draws both runs:
 
     python examples/grpo_arithmetic.py [--steps 30] [--seed 0] [--out grpo_arithmetic.png] [--backend inductor]
 """
@@ -21,27 +22,36 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import random
-import statistics
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import matplotlib
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-matplotlib.use("Agg")  # before pyplot: a machine without a screen draws too
-import matplotlib.pyplot as plt
+matplotlib.use("Agg")  # draws on a machine without a screen
+import matplotlib.pyplot as plt  # noqa: E402
 
-SHOTS = 17  # worked additions before the question: 17 x 15 + 6 = 261 prompt tokens
-PROMPTS = 16  # prompts per update
-GROUP = 16  # sampled answers per prompt
-ANSWER = len("15+70=85")
+SHOTS = 17  # worked additions before the question: 17 × 15 + 6 = 261 prompt tokens
+PROMPTS = 16  # prompts in an update
+GROUP = 16  # answers sampled for each
+ANSWER = len("15+70=85")  # 8 tokens
 NEWLINE = ord("\n")
+
+WARM_UP_STEPS = 200
+WARM_UP_ROWS = 16
+WARM_UP_LR = 3e-3
+GRPO_LR = 1e-3
+CLIP = 0.2
+COMPILING_STEPS = 2  # the first call compiles forward and backward, the second still allocates: not timed
+
 console = Console()
 
 
@@ -49,7 +59,7 @@ console = Console()
 
 
 def draw_addends(rng: random.Random) -> tuple[int, int]:
-    """Two two-digit numbers whose sum has two digits: every line has the same length."""
+    """Two numbers of two digits whose sum has two digits too, so that all lines are equally long."""
     while True:
         a, b = rng.randint(10, 89), rng.randint(10, 89)
         if a + b < 100:
@@ -61,66 +71,241 @@ def write_question(a: int, b: int) -> str:
 
 
 def write_answer(a: int, b: int) -> str:
-    """The units' sum, the tens' sum, the total: 47+38 gives 15+70=85."""
+    """The sum of the units, the sum of the tens, the total: 47+38= is answered 15+70=85."""
     units = a % 10 + b % 10
     return f"{units:02d}+{a + b - units:02d}={a + b:02d}"
 
 
-def write_shots(rng: random.Random, count: int) -> str:
+def write_lines(rng: random.Random, count: int) -> str:
     pairs = [draw_addends(rng) for _ in range(count)]
     return "".join(f"{write_question(a, b)}{write_answer(a, b)}\n" for a, b in pairs)
 
 
-def grade(answer: list[int], total: int) -> float:
-    """1 for the right total in the right place, checked by adding; the working is not looked at."""
-    return float(bytes(answer[-3:]) == f"={total:02d}".encode())
+def to_tokens(texts: list[str]) -> Tensor:
+    return torch.tensor([list(text.encode()) for text in texts])
 
 
 def draw_prompts(rng: random.Random) -> tuple[Tensor, list[int]]:
-    """Prompt ids ``[PROMPTS, P]`` and the totals asked for."""
-    texts, totals = [], []
-    for _ in range(PROMPTS):
-        a, b = draw_addends(rng)
-        texts.append(write_shots(rng, SHOTS) + write_question(a, b))
-        totals.append(a + b)
-    return torch.tensor([list(text.encode()) for text in texts]), totals
+    """Prompts ``[PROMPTS, P]`` with the totals that they ask for."""
+    addends = [draw_addends(rng) for _ in range(PROMPTS)]
+    prompts = [write_lines(rng, SHOTS) + write_question(a, b) for a, b in addends]
+    return to_tokens(prompts), [a + b for a, b in addends]
+
+
+def grade(answer: list[int], total: int) -> float:
+    """1 when the answer ends in the right total, which we know by adding. The working is the model's own affair."""
+    return float(bytes(answer).endswith(f"={total:02d}".encode()))
 
 
 # --- the model and its warm-up ----------------------------------------------------------------------------------------
 
 
 def build_model() -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=256,  # bytes
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
+    config = Qwen3Config(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
     )
+    return Qwen3ForCausalLM(config)
 
 
-def build_optimizer(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def warm_up(model: PreTrainedModel, rng: random.Random, steps: int, progress: Progress) -> torch.optim.Optimizer:
-    """Supervised training on lines of correct additions; returns the optimizer, whose state GRPO goes on with."""
-    optimizer = build_optimizer(model, lr=3e-3)
-    bar = progress.add_task("warm-up", total=steps, note="")
-    for step in range(steps):
-        ids = torch.tensor([list(write_shots(rng, SHOTS + 1).encode()) for _ in range(WARM_ROWS)])
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 20)
+def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def warm_up(model: nn.Module, rng: random.Random, progress: Progress) -> dict:
+    """Supervised training on correct additions. Returns the optimizer's state, with which GRPO goes on."""
+    optimizer = build_optimizer(model, WARM_UP_LR)
+    task = progress.add_task("warm-up", total=WARM_UP_STEPS, note="")
+    for step in range(WARM_UP_STEPS):
+        optimizer.param_groups[0]["lr"] = WARM_UP_LR * min(1.0, (step + 1) / 20)
+        ids = to_tokens([write_lines(rng, SHOTS + 1) for _ in range(WARM_UP_ROWS)])
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.update(bar, advance=1, note=f"loss {loss.item():.3f}")
-    return optimizer
+        apply_gradients(model, optimizer)
+        show(progress, task, f"loss {loss.item():.3f}", every=25)
+    return optimizer.state_dict()
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_answers(model: nn.Module, prompts: Tensor, generator: torch.Generator) -> Tensor:
+    """``GROUP`` answers to every prompt, ``[PROMPTS * GROUP, ANSWER]``: each prompt is read once, its cache repeated.
+
+    A token is where the cumulative distribution passes a uniform random number. Two models that differ in rounding
+    only therefore draw the same token, unless a number falls into the crack between their distributions.
+    """
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    cache.batch_repeat_interleave(GROUP)
+    logits = logits.repeat_interleave(GROUP, dim=0)
+    uniform = torch.rand(ANSWER, len(logits), 1, generator=generator)
+    answer = []
+    for step in range(ANSWER):
+        below = logits.softmax(-1).cumsum(-1) < uniform[step]
+        answer.append(below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1))
+        if step < ANSWER - 1:
+            logits = model(input_ids=answer[-1], past_key_values=cache, use_cache=True).logits[:, -1]
+    return torch.cat(answer, dim=1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one update reads; N = PROMPTS * GROUP rows, S = P + ANSWER positions."""
+
+    input_ids: Tensor  # [N, S]
+    attention_mask: Tensor  # [N, S], 0 after an answer that ended early
+    answer_mask: Tensor  # [N, S - 1], 1 where the next token is an answer's
+    advantages: Tensor  # [N]
+    rewards: Tensor  # [N]
+
+
+def collect_batch(model: nn.Module, prompts: Tensor, totals: list[int], generator: torch.Generator) -> Batch:
+    """Samples, grades, and normalises the rewards within each group."""
+    answers = sample_answers(model, prompts, generator)
+    ended = (answers == NEWLINE).cumsum(-1)
+    is_token = (ended == 0) | ((ended == 1) & (answers == NEWLINE))  # the newline that ends an answer is its last token
+    rewards = torch.tensor([grade(row, totals[i // GROUP]) for i, row in enumerate(answers.tolist())])
+    groups = rewards.view(-1, GROUP)
+    advantages = (groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-4)
+
+    prompt_rows = prompts.repeat_interleave(GROUP, dim=0)
+    input_ids = torch.cat([prompt_rows, answers.where(is_token, 0)], dim=1)
+    attention_mask = torch.cat([torch.ones_like(prompt_rows), is_token.long()], dim=1)
+    answer_mask = attention_mask[:, 1:].float()
+    answer_mask[:, : prompts.shape[1] - 1] = 0.0
+    return Batch(input_ids, attention_mask, answer_mask, advantages.flatten(), rewards)
+
+
+# --- the update -------------------------------------------------------------------------------------------------------
+
+
+def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Log-probability of every next token, ``[N, S - 1]``."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+
+
+def grpo_loss(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor, advantages: Tensor
+) -> Tensor:
+    """The clipped objective, averaged over answer tokens. The answers are fresh: the old log-probs are these, detached."""
+    logprobs = token_logprobs(model, input_ids, attention_mask)
+    ratio = (logprobs - logprobs.detach()).exp()
+    weight = advantages[:, None]
+    objective = torch.minimum(ratio * weight, ratio.clamp(1 - CLIP, 1 + CLIP) * weight)
+    return -(objective * answer_mask).sum() / answer_mask.sum()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that pass through the linear layers, and query-key pairs that attention needs."""
+
+    tokens: int
+    pairs: int
+
+    def flops(self, model: nn.Module) -> int:
+        """Multiply-adds of a forward pass, times two; the backward is twice that whatever the tokens."""
+        linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+        config = model.config
+        attention = 2 * config.head_dim * config.num_attention_heads * config.num_hidden_layers  # q·k and p·v
+        return 2 * (self.tokens * linear + self.pairs * attention)
+
+
+def count_dense(batch: Batch) -> Work:
+    """Every position of every row, every position attending itself and those before it."""
+    rows, positions = batch.input_ids.shape
+    return Work(rows * positions, rows * positions * (positions + 1) // 2)
+
+
+def count_distinct(batch: Batch) -> Work:
+    """Every distinct prefix once: a token's value depends on nothing but the tokens up to it."""
+    prefixes = set()
+    for ids, length in zip(batch.input_ids.tolist(), batch.attention_mask.sum(-1).tolist(), strict=True):
+        row = bytes(ids[:length])
+        prefixes.update(row[: end + 1] for end in range(length))
+    return Work(len(prefixes), sum(map(len, prefixes)))
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one GRPO step measured; times in seconds."""
+
+    reward: float
+    loss: float
+    sample_time: float
+    update_time: float  # forward and backward
+    optimizer_time: float
+    dense_tokens: int
+    valid_tokens: int
+    distinct_tokens: int
+    ideal: float  # dense work over distinct work
+
+
+def train(
+    model: nn.Module, optimizer_state: dict, backend: str, steps: int, seed: int, progress: Progress
+) -> list[Step]:
+    """GRPO on a copy of `model`; everything random follows from `seed`."""
+    model = copy.deepcopy(model)
+    optimizer = build_optimizer(model, GRPO_LR)
+    optimizer.load_state_dict(optimizer_state)
+    optimizer.param_groups[0]["lr"] = GRPO_LR
+    prompt_rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    update_loss = torch.compile(grpo_loss, backend=backend)
+
+    history = []
+    task = progress.add_task(backend, total=steps, note="compiling")
+    for _ in range(steps):
+        prompts, totals = draw_prompts(prompt_rng)
+        start = time.perf_counter()
+        batch = collect_batch(model, prompts, totals, generator)
+        sampled = time.perf_counter()
+        loss = update_loss(model, batch.input_ids, batch.attention_mask, batch.answer_mask, batch.advantages)
+        loss.backward()
+        updated = time.perf_counter()
+        apply_gradients(model, optimizer)
+        end = time.perf_counter()
+
+        dense, distinct = count_dense(batch), count_distinct(batch)
+        step = Step(
+            reward=batch.rewards.mean().item(),
+            loss=loss.item(),
+            sample_time=sampled - start,
+            update_time=updated - sampled,
+            optimizer_time=end - updated,
+            dense_tokens=dense.tokens,
+            valid_tokens=int(batch.attention_mask.sum()),
+            distinct_tokens=distinct.tokens,
+            ideal=dense.flops(model) / distinct.flops(model),
+        )
+        history.append(step)
+        note = f"reward {step.reward:.2f}  update {step.update_time:5.2f} s  tokens {distinct.tokens}/{dense.tokens}"
+        show(progress, task, note)
+    return history
+
+
+def show(progress: Progress, task: TaskID, note: str, every: int = 1) -> None:
+    """Advances a bar; where there is no terminal to animate, prints every `every`-th note as a line instead."""
+    progress.update(task, advance=1, note=note)
+    state = progress.tasks[task]
+    if not console.is_terminal and state.completed % every == 0:
+        console.print(f"{state.description} {state.completed:.0f}/{state.total:.0f}  {note}")

@@ -37,6 +37,8 @@ def analyse_pass(c: Compilation) -> None:
         return c.refuse(found)
     c.analysis = found
     c.refuse(*found.reasons)
+    if not found.has_work and not found.reasons:
+        c.refuse(Unsupported("no_token_stream", None, "the graph has neither attention nor linear layers over tokens"))
 
 
 def attention_pass(c: Compilation) -> None:

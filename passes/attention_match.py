@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, shape, val
+from .graph import aten, bound_args, same_size, shape, val
 from .layout import KEY, is_token_factor
 from .mask_formula import CAUSAL, MaskFormula, conjoin, read_additive, read_allowed, require_causal
 from .propagate import Analysis
@@ -75,14 +75,24 @@ def _match_sdpa(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupport
 
 def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis) -> MaskFormula | Unsupported:
     if mask is None:
-        if is_causal:
+        if is_causal or same_size(analysis.whole.positions, 1):  # type: ignore[union-attr]
             return CAUSAL
         return Unsupported("not_causal", node, "attention without a mask sees later tokens", "pass is_causal=True or a causal mask")
     if analysis.kind(mask) != PROLOGUE:
         return Unsupported("mask_not_understood", node, "the attention mask is computed from activations or parameters")
     if len(shape(mask)) > 2 and analysis.values[node.args[0]].layout.rank != 4:  # type: ignore[index]
         return Unsupported("mask_not_understood", node, "a mask by row for attention whose rows aren't dim 0 of 4")
-    return read_allowed(mask) if val(mask).dtype == torch.bool else read_additive(mask)
+    read = read_allowed if val(mask).dtype == torch.bool else read_additive
+    return _causal(read(mask, alone=False), node, analysis)
+
+
+def _causal(formula: MaskFormula | Unsupported, node: fx.Node, analysis: Analysis) -> MaskFormula | Unsupported:
+    """The formula, if it is causal; a single position always is."""
+    if isinstance(formula, Unsupported):
+        return formula
+    if same_size(analysis.whole.positions, 1):  # type: ignore[union-attr]
+        return replace(formula, causal=True)
+    return require_causal(formula, node)
 
 
 def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
@@ -104,9 +114,7 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
             if any(not m.minus_inf for m in masks):
                 return Unsupported("finite_mask", node, "scores are scaled after a finite mask was added")
             scale *= factor
-    if not masks:
-        return Unsupported("not_causal", node, "softmax over all keys without a mask")
-    formula = require_causal(conjoin(*masks), node)
+    formula = _causal(conjoin(*masks), node, analysis)
     if isinstance(formula, Unsupported):
         return formula
     q, k = scores.args[0], scores.args[1]

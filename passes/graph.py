@@ -69,7 +69,9 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
     originals = (n for n in gm.graph.nodes if n.op == "placeholder")
     for node, original in zip((n for n in traced.graph.nodes if n.op == "placeholder"), originals, strict=True):
-        node.meta["is_parameter"] = isinstance(original.meta["example_value"], torch.nn.Parameter)
+        example = original.meta["example_value"]
+        node.meta["is_parameter"] = isinstance(example, torch.nn.Parameter)
+        node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
         node.meta["label"] = original.name
         node.meta.setdefault("stack_trace", original.meta.get("stack_trace"))
     return traced
@@ -78,6 +80,11 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 def val(node: Any) -> Any:
     """The fake value of a node; anything else is its own value."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def requires_grad(node: fx.Node) -> bool:
+    """Does a graph input require grad? Fake values of traced nodes don't tell; of inputs, `to_aten` noted it."""
+    return bool(node.meta.get("requires_grad", False))
 
 
 def is_tensor(node: Any) -> bool:

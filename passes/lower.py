@@ -484,7 +484,7 @@ def _prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: 
     """`(*arguments) -> results`: the nodes they depend on, and what writes into those, in the original order."""
     wanted: set[fx.Node] = set(results)
     for node in reversed(gm.graph.nodes):
-        if node in wanted or (analysis.kind(node) == PROLOGUE and any(n in wanted for n in mutated_args(node))):
+        if node in wanted or (node.op != "output" and analysis.kind(node) == PROLOGUE and any(n in wanted for n in mutated_args(node))):
             wanted.add(node)
             wanted.update(node.all_input_nodes)
     graph, env = fx.Graph(), {}

@@ -298,7 +298,7 @@ def _by_index(reader: MaskReader, terms: list[Expr]) -> list[Expr]:
         }
         renamed = [replace(term, table) for term in terms]
         # only where the start cancels was it a difference
-        terms = [new if _distance_bounds(new) is not None else old for old, new in zip(terms, renamed)]
+        terms = [new if _distance_bounds(new) is not None else old for old, new in zip(terms, renamed, strict=True)]
     return terms
 
 

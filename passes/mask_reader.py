@@ -123,7 +123,7 @@ def _match(node: fx.Node, target: Any, **options: Any) -> fx.Node | None:
     if node.target is not target:
         return None
     positional, keywords = bound_args(node)
-    given = dict(zip((a.name for a in schema_of(node).arguments), positional), **keywords)
+    given = dict(zip((a.name for a in schema_of(node).arguments), positional, strict=False), **keywords)
     rank = node.meta["val"].dim()
     if "dim" in options and isinstance(given["dim"], int):
         given["dim"] = given["dim"] % rank - rank
@@ -169,5 +169,5 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
     if not any(r.alias_info is not None for r in schema.returns):
         return []
     positional, keywords = bound_args(node)
-    given = dict(zip((a.name for a in schema.arguments), positional), **keywords)
+    given = dict(zip((a.name for a in schema.arguments), positional, strict=False), **keywords)
     return [given[a.name] for a in schema.arguments if a.alias_info and isinstance(given.get(a.name), fx.Node)]

@@ -39,8 +39,8 @@ def is_one(size: Any) -> bool:
 
 def broadcast(x: Value, shape: Sequence[Any]) -> Expr:
     shift = len(shape) - len(x.shape)
-    spread = (is_one(size) and not is_one(shape[d + shift]) for d, size in enumerate(x.shape))
-    return substitute(x.expr, {d: Affine() if s else Affine.dim(d + shift) for d, s in enumerate(spread)})
+    ones = map(is_one, x.shape)
+    return substitute(x.expr, {d: Affine() if one else Affine.dim(d + shift) for d, one in enumerate(ones)})
 
 
 def _expand(out, x, *_sizes, **_):
@@ -56,10 +56,10 @@ def _view(out, x, *_sizes, **_):
     """A view that only adds or drops dims of size one: the others keep their row-major order."""
     old = [d for d, size in enumerate(x.shape) if not is_one(size)]
     new = [d for d, size in enumerate(out.shape) if not is_one(size)]
-    if len(old) != len(new) or not all(same_size(x.shape[a], out.shape[b]) for a, b in zip(old, new)):
+    if len(old) != len(new) or not all(same_size(x.shape[a], out.shape[b]) for a, b in zip(old, new, strict=True)):
         return None
     mapping = {d: Affine() for d in range(len(x.shape))}
-    return substitute(x.expr, mapping | {a: Affine.dim(b) for a, b in zip(old, new)})
+    return substitute(x.expr, mapping | {a: Affine.dim(b) for a, b in zip(old, new, strict=True)})
 
 
 def _permute(out, x, dims):
@@ -117,7 +117,7 @@ def _index(out, x, indices):
     at = places[0] if places == list(range(places[0], places[-1] + 1)) else 0  # torch puts split indices first
     rest = [d for d in range(len(x.shape)) if d not in places]
     mapping = {d: Affine.dim(i if i < at else i + width) for i, d in enumerate(rest)}
-    for d, value in zip(places, chosen):
+    for d, value in zip(places, chosen, strict=True):
         # an index tensor, broadcast against the others, spans the dims `at : at + width` of the result
         affine = affine_of(broadcast(value, out.shape[at : at + width]))
         mapping[d] = affine.substitute({i: Affine.dim(i + at) for i in range(width)})

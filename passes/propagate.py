@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, is_mode_switch, is_tensor, mutated_args, same_size, shape, val
+from .graph import aten, bound_args, is_mode_switch, is_tensor, mutated_args, requires_grad, same_size, shape, val
 from .layout import POSITION, ROW, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, RULES, STREAM, WEIGHT, Op, Operand, Outcome, pointwise_rule
@@ -58,6 +58,12 @@ class Analysis:
     columns: dict[tuple[fx.Node, tuple[Dim, ...]], None] = field(default_factory=dict)
     whole: Selection | None = None
     reasons: list[Unsupported] = field(default_factory=list)
+
+    @property
+    def has_work(self) -> bool:
+        """Is there anything on the stream that is worth sharing?"""
+        heavy = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)
+        return bool(self.mixers) or any(n.target in heavy and v.kind == STREAM for n, v in self.values.items())
 
     def kind(self, node: Any) -> str:
         return self.values[node].kind if isinstance(node, fx.Node) else NUMBER
@@ -167,9 +173,7 @@ def _nodes_from_inputs_alone(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "output":
             continue
         if node.op == "placeholder":
-            value = val(node)
-            trains = isinstance(value, torch.Tensor) and value.requires_grad
-            if not (trains or node.meta.get("is_parameter", False)):
+            if not (requires_grad(node) or node.meta.get("is_parameter", False)):
                 found.add(node)
         elif all(n in found for n in node.all_input_nodes):
             found.add(node)

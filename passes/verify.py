@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import val
+from .graph import requires_grad, val
 from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
 from .lower import PackedGraphs
 from .reasons import Unsupported
@@ -32,8 +32,10 @@ def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
     return checker.failure
 
 
-def fake_inputs(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any) -> list[Any] | Unsupported:
-    """The packed graph's inputs for a number of tokens (an int or SymInt), under the active fake mode."""
+def fake_inputs(
+    graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any, segments: Any = 5
+) -> list[Any] | Unsupported:
+    """The packed graph's inputs for numbers of tokens and segments (ints or SymInts), under the active fake mode."""
     placeholders = aten_gm.graph.find_nodes(op="placeholder")
     made: list[Any] = []
     for spec in graphs.inputs:
@@ -45,12 +47,13 @@ def fake_inputs(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any) -> l
                 continue
             if any(not isinstance(s, int) for s in like.shape):
                 return Unsupported("size_as_number", source, "a value whose size depends on the batch is used for every token")
-            made.append(_empty(like.shape, like.dtype, like.device, like.requires_grad))
+            made.append(_empty(like.shape, like.dtype, like.device, requires_grad(source)))
         elif spec.kind == "column":
-            like = val(graphs.results[spec.index])
-            made.append(_empty(column_shape(spec.dims, tokens), like.dtype, like.device, like.requires_grad))
+            source = graphs.results[spec.index]
+            like = val(source)
+            made.append(_empty(column_shape(spec.dims, tokens), like.dtype, like.device, requires_grad(source)))
         elif spec.kind == "segments":
-            made.append(torch.empty((5, 5), dtype=torch.int64, device="cpu"))
+            made.append(torch.empty((segments, 5), dtype=torch.int64, device="cpu"))
         elif spec.kind == "data_mask":
             made.append(torch.empty((1, tokens), dtype=torch.bool, device=_device(graphs)))
         else:

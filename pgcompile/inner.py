@@ -71,28 +71,33 @@ def compile_packed(graphs: Any, aten_gm: fx.GraphModule, tokens: int, options: O
 def _compile_packed(graphs: Any, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Callable[..., Any]:
     if options.inner == "eager":
         return graphs.packed  # type: ignore[no-any-return]
-    from torch._dynamo.source import ConstantSource
-
     env = ShapeEnv()
-    source = ConstantSource("num_tokens")
-    # not a small number: sizes 0 and 1, and sizes equal to others, are specialised
-    hint = max(tokens, 64) + 13
-    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    # hints are odd and large: sizes 0 and 1, and sizes equal to others, would be specialised
+    size_of_tokens, size_of_segments = (_dynamic_size(env, name, hint) for name, hint in (("tokens", max(tokens, 64) + 13), ("segments", 1009)))
     with FakeTensorMode(shape_env=env):
-        size = env.create_symintnode(symbol, hint=hint, source=source)
-        inputs = packed_inputs(graphs, aten_gm, size)
+        inputs = packed_inputs(graphs, aten_gm, size_of_tokens, size_of_segments)
     call = compile_inner(_copy(graphs.packed), inputs, options)
-    guards = [g.expr for g in env.guards if symbol in g.expr.free_symbols and g.expr not in _TRIVIAL(symbol)]
+    guards = [g.expr for g in env.guards if not _holds_from_two(g.expr)]
     if guards:
         raise RuntimeError(f"the inner compiler specialised the number of tokens: {guards}")
     return call
 
 
-def _TRIVIAL(symbol: Any) -> set[Any]:
-    """Guards that hold for every T of 2 or more."""
+def _dynamic_size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    from torch._dynamo.source import ConstantSource
+
+    source = ConstantSource(f"num_{name}")
+    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
+
+
+def _holds_from_two(guard: Any) -> bool:
+    """Does a guard on a size hold for all sizes of 2 or more?"""
     import sympy
 
-    return {sympy.Ne(symbol, 1), sympy.Ne(symbol, 0), symbol > 1, symbol >= 2, symbol > 0}
+    (symbol,) = guard.free_symbols
+    size = sympy.Symbol("size", integer=True, positive=True)
+    return sympy.simplify(guard.subs(symbol, size + 1)) == sympy.true
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -50,9 +50,9 @@ def either(*kinds: str) -> Outcome:
     return Outcome(frozenset({"packed", "islands", "eager", "dense"}), frozenset(kinds))
 
 
-TOKENS = ("token_mixing", "unknown_op")
-ROWS = ("row_mixing", "unknown_op")
-BOTH = ("token_mixing", "row_mixing", "unknown_op")
+TOKENS = ("token_mixing", "row_layout", "unknown_op")
+ROWS = ("row_mixing", "row_layout", "unknown_op")
+BOTH = ("token_mixing", "row_mixing", "row_layout", "unknown_op")
 NOT_CAUSAL = ("not_causal", "mask_not_understood", "token_mixing")
 SIZE = ("size_as_number", "unknown_op")
 
@@ -382,12 +382,20 @@ def conv_causal(m, x, ids, mask):
     return x + m.extra(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)  # <--
 
 
-@between(either(*TOKENS), module=lambda: nn.Conv1d(HIDDEN, HIDDEN, 3, padding=2, groups=HIDDEN), padding="left")
+@between(
+    either(*TOKENS, "padding_read"),
+    module=lambda: nn.Conv1d(HIDDEN, HIDDEN, 3, padding=2, groups=HIDDEN),
+    padding="left",
+)
 def conv_causal_reads_left_padding(m, x, ids, mask):
     return x + m.extra(x.mT)[..., : x.shape[1]].mT  # <--
 
 
-@between(refused(*TOKENS), module=lambda: nn.Conv1d(HIDDEN, HIDDEN, 3, padding="same", groups=HIDDEN), padding="right")
+@between(
+    refused(*TOKENS, "padding_read"),
+    module=lambda: nn.Conv1d(HIDDEN, HIDDEN, 3, padding="same", groups=HIDDEN),
+    padding="right",
+)
 def conv_reads_right_padding(m, x, ids, mask):
     return x + m.extra(x.mT).mT  # <--
 
@@ -407,31 +415,31 @@ def average_pool(m, x, ids, mask):
     return x + F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2)  # <--
 
 
-@between(refused(*TOKENS), padding="right")
+@between(refused(*TOKENS, "padding_read"), padding="right")
 def mean_reads_padding(m, x, ids, mask):
     return x + x.mean(dim=1, keepdim=True)  # <--
 
 
-@between(refused(*TOKENS), padding="left")
+@between(refused(*TOKENS, "padding_read"), padding="left")
 def masked_mean(m, x, ids, mask):
     weights = mask[..., None].to(x.dtype)
     return x + (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)  # <--
 
 
-@between(either(*TOKENS, "graph_break", "trace_failed"), module=lambda: nn.LSTM(HIDDEN, HIDDEN, batch_first=True))
+@between(either(*TOKENS, "trace_failed"), module=lambda: nn.LSTM(HIDDEN, HIDDEN, batch_first=True))
 def lstm(m, x, ids, mask):
     return x + m.extra(x)[0]  # <--
 
 
 @between(
-    refused(*TOKENS, "graph_break", "trace_failed", "row_mixing"),
+    refused(*TOKENS, "trace_failed", "row_mixing"),
     module=lambda: nn.GRU(HIDDEN, HIDDEN // 2, batch_first=True, bidirectional=True),
 )
 def gru_bidirectional(m, x, ids, mask):
     return x + m.extra(x)[0]  # <--
 
 
-@between(refused(*ROWS, "graph_break", "trace_failed", "token_mixing"), module=lambda: nn.GRU(HIDDEN, HIDDEN))
+@between(refused(*ROWS, "trace_failed", "token_mixing"), module=lambda: nn.GRU(HIDDEN, HIDDEN))
 def gru_over_rows(m, x, ids, mask):
     return x + m.extra(x)[0]  # <--
 
@@ -529,7 +537,7 @@ def index_add_by_id(m, x, ids, mask):
     return x + sums[ids]  # <--
 
 
-@between(refused(*BOTH, "trace_failed", "graph_break"))
+@between(refused(*BOTH, "trace_failed"))
 def select_by_data(m, x, ids, mask):
     return x + x[ids > 6].sum(0)  # <--
 
@@ -815,7 +823,7 @@ def embedding_scaled_by_frequency(m, x, ids, mask):
 
 
 @between(
-    refused("embedding_gradient", "unknown_op", "mutation", "graph_break", "no_token_stream", "ambiguous_seed"),
+    refused("embedding_gradient", "unknown_op", "mutation", "no_token_stream", "ambiguous_seed"),
     embedding={"max_norm": 0.7},
 )
 def embedding_max_norm(m, x, ids, mask):
@@ -1032,13 +1040,13 @@ def sees_the_next_token_by_index(m, q, k, v, ids, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=index[:, None] + 1 >= index)
 
 
-@attention(either(*NOT_CAUSAL))
+@attention(either(*NOT_CAUSAL, "fully_masked_query"))
 def sees_only_the_past(m, q, k, v, ids, mask):
     index = torch.arange(q.shape[-2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=index[:, None] > index)
 
 
-@attention(refused(*NOT_CAUSAL, "finite_mask"))
+@attention(refused(*NOT_CAUSAL, "finite_mask", "fully_masked_query"))
 def sees_only_the_past_by_lowest(m, q, k, v, ids, mask):
     # The first query is masked everywhere: it attends to all keys alike, the future included.
     scores = scores_of(q, k)
@@ -1046,7 +1054,7 @@ def sees_only_the_past_by_lowest(m, q, k, v, ids, mask):
     return scores.masked_fill(~causal_mask(q.shape[-2]).tril(-1), lowest).softmax(-1) @ v
 
 
-@attention(refused(*NOT_CAUSAL, "finite_mask"))
+@attention(refused(*NOT_CAUSAL, "finite_mask", "fully_masked_query"))
 def triu_zero(m, q, k, v, ids, mask):
     S = q.shape[-2]
     additive = torch.triu(torch.full((S, S), torch.finfo(q.dtype).min, dtype=q.dtype), diagonal=0)

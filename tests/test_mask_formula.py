@@ -54,9 +54,9 @@ def value_at(expr, at, values):
 
 
 def column_values(column, values, rows, length):
-    return torch.stack([
-        torch.stack([value_at(column.expr, (n, s), values) for s in range(length)]) for n in range(rows)
-    ])
+    return torch.stack(
+        [torch.stack([value_at(column.expr, (n, s), values) for s in range(length)]) for n in range(rows)]
+    )
 
 
 def evaluate(formula, values, rows, length):
@@ -170,7 +170,10 @@ BOOLEAN = {
     "le": (lambda p, s, x: causal(p), "causal"),
     "not gt": (lambda p, s, x: ~(positions_of(p) > positions_of(p)[:, None]), "causal"),
     "lt one more": (lambda p, s, x: positions_of(p) < positions_of(p)[:, None] + 1, "causal"),
-    "shifted arange": (lambda p, s, x: torch.arange(5, p.shape[1] + 5) <= torch.arange(5, p.shape[1] + 5)[:, None], "causal"),
+    "shifted arange": (
+        lambda p, s, x: torch.arange(5, p.shape[1] + 5) <= torch.arange(5, p.shape[1] + 5)[:, None],
+        "causal",
+    ),
     "doubled": (lambda p, s, x: positions_of(p) * 2 <= positions_of(p)[:, None] * 2 + 1, "causal"),
     "difference": (lambda p, s, x: positions_of(p)[:, None] - positions_of(p) >= 0, "causal"),
     "float arange": (lambda p, s, x: positions_of(p).float() <= positions_of(p).float().view(-1, 1), "causal"),
@@ -178,60 +181,116 @@ BOOLEAN = {
     "tril bool": (lambda p, s, x: p.new_ones(p.shape[1], p.shape[1], dtype=torch.bool).tril()[None, None], "causal"),
     "not triu": (lambda p, s, x: ~torch.ones(p.shape[1], p.shape[1], dtype=torch.bool).triu(1), "causal"),
     "rank 3 with size 1": (lambda p, s, x: causal(p)[None], "causal"),
-    "true & causal": (lambda p, s, x: torch.ones((), dtype=torch.bool) & causal(p) & (positions_of(p) >= 0)[:, None], "causal"),
+    "true & causal": (
+        lambda p, s, x: torch.ones((), dtype=torch.bool) & causal(p) & (positions_of(p) >= 0)[:, None],
+        "causal",
+    ),
     "causal or never": (lambda p, s, x: causal(p) | (positions_of(p) < 0), "causal"),
     "in place": (lambda p, s, x: causal(p).logical_and_(torch.ones((), dtype=torch.bool)), "causal"),
     "window": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - 3), "causal ∧ window(3)"),
     "window ge": (lambda p, s, x: causal(p) & (positions_of(p) >= positions_of(p)[:, None] - 3), "causal ∧ window(4)"),
     "window by triu": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril().triu(-2).bool(), "causal ∧ window(3)"),
     "narrower window": (
-        lambda p, s, x: causal(p) & (positions_of(p)[:, None] - positions_of(p) < 5) & ~(positions_of(p)[:, None] - positions_of(p) >= 2),
+        lambda p, s, x: (
+            causal(p)
+            & (positions_of(p)[:, None] - positions_of(p) < 5)
+            & ~(positions_of(p)[:, None] - positions_of(p) >= 2)
+        ),
         "causal ∧ window(2)",
     ),
     "itself": (lambda p, s, x: positions_of(p) == positions_of(p)[:, None], "causal ∧ window(1)"),
     "padding": (lambda p, s, x: causal(p) & p.bool()[:, None, None, :], "causal ∧ key_padding(p_1)"),
     "padding by index": (
-        lambda p, s, x: causal(p) & p.bool()[torch.arange(p.shape[0])[:, None, None, None], positions_of(p)[None, None, None, :]],
+        lambda p, s, x: (
+            causal(p) & p.bool()[torch.arange(p.shape[0])[:, None, None, None], positions_of(p)[None, None, None, :]]
+        ),
         "causal ∧ key_padding(p_1)",
     ),
     "padding by any expression": (
         lambda p, s, x: causal(p) & ((p * 3 - s) % 2 == 1)[:, None, None].expand(-1, 1, p.shape[1], -1),
         "causal ∧ key_padding(p_1, s_1)",
     ),
-    "either of two paddings": (lambda p, s, x: causal(p) & ((p > 0) | (s == 2))[:, None, None], "causal ∧ key_padding(p_1, s_1)"),
-    "padding of opaque": (lambda p, s, x: causal(p) & (p.cumsum(-1) > 1)[:, None, None], "causal ∧ key_padding(cumsum)"),
+    "either of two paddings": (
+        lambda p, s, x: causal(p) & ((p > 0) | (s == 2))[:, None, None],
+        "causal ∧ key_padding(p_1, s_1)",
+    ),
+    "padding of opaque": (
+        lambda p, s, x: causal(p) & (p.cumsum(-1) > 1)[:, None, None],
+        "causal ∧ key_padding(cumsum)",
+    ),
     "padding from a slice": (
         lambda p, s, x: causal(p) & torch.nn.functional.pad(p, (2, 0))[:, 2:].bool()[:, None, None],
         "causal ∧ key_padding(pad)",
     ),
-    "padding from a table": (lambda p, s, x: causal(p) & torch.cat([p[0], p[1]])[1 : p.shape[1] + 1].bool(), "causal ∧ key_padding(cat)"),
+    "padding from a table": (
+        lambda p, s, x: causal(p) & torch.cat([p[0], p[1]])[1 : p.shape[1] + 1].bool(),
+        "causal ∧ key_padding(cat)",
+    ),
+    "padding by index, rows kept": (
+        lambda p, s, x: causal(p) & p.bool()[:, positions_of(p)][:, None, None],
+        "causal ∧ key_padding(p_1)",
+    ),
+    "padding by split indices": (
+        lambda p, s, x: (
+            causal(p)
+            & p.bool()[:, None, :][torch.arange(p.shape[0])[:, None], :, positions_of(p)[None]].transpose(1, 2)[:, None]
+        ),
+        "causal ∧ key_padding(p_1)",
+    ),
+    "one condition for the batch": (lambda p, s, x: causal(p) & (p.sum() > 2), "causal ∧ key_padding(sum_1)"),
     "every second key": (lambda p, s, x: causal(p) & (positions_of(p) % 2 == 0), "causal ∧ key_padding(position)"),
-    "rows of their own": (lambda p, s, x: causal(p) & (p.sum(-1) >= 0)[:, None, None, None], "causal ∧ key_padding(sum_1)"),
-    "another row's padding": (lambda p, s, x: causal(p) & p.roll(1, 0).bool()[:, None, None], "causal ∧ key_padding(roll)"),
+    "rows of their own": (
+        lambda p, s, x: causal(p) & (p.sum(-1) >= 0)[:, None, None, None],
+        "causal ∧ key_padding(sum_1)",
+    ),
+    "another row's padding": (
+        lambda p, s, x: causal(p) & p.roll(1, 0).bool()[:, None, None],
+        "causal ∧ key_padding(roll)",
+    ),
     "documents": (lambda p, s, x: causal(p) & (s[:, None, :, None] == s[:, None, None, :]), "causal ∧ same_value(s_1)"),
-    "documents, not ne": (lambda p, s, x: causal(p) & ~(s[:, None, None] != s[:, None, :, None]), "causal ∧ same_value(s_1)"),
-    "two conditions": (lambda p, s, x: causal(p) & ((s > 0)[:, None, None] == (s > 0)[:, None, :, None]), "causal ∧ same_value(s_1)"),
-    "chunks": (lambda p, s, x: causal(p) & (positions_of(p) // 3 == positions_of(p)[:, None] // 3), "causal ∧ same_value(position)"),
+    "documents, not ne": (
+        lambda p, s, x: causal(p) & ~(s[:, None, None] != s[:, None, :, None]),
+        "causal ∧ same_value(s_1)",
+    ),
+    "two conditions": (
+        lambda p, s, x: causal(p) & ((s > 0)[:, None, None] == (s > 0)[:, None, :, None]),
+        "causal ∧ same_value(s_1)",
+    ),
+    "chunks": (
+        lambda p, s, x: causal(p) & (positions_of(p) // 3 == positions_of(p)[:, None] // 3),
+        "causal ∧ same_value(position)",
+    ),
     "chunks after padding": (
-        lambda p, s, x: causal(p)
-        & ((positions_of(p) - s[:, 0, None]) // 3)[:, None, None].eq(((positions_of(p) - s[:, 0, None]) // 3)[:, None, :, None]),
+        lambda p, s, x: (
+            causal(p)
+            & ((positions_of(p) - s[:, 0, None]) // 3)[:, None, None].eq(
+                ((positions_of(p) - s[:, 0, None]) // 3)[:, None, :, None]
+            )
+        ),
         "causal ∧ same_value(s_1)",
     ),
     "all": (
-        lambda p, s, x: (causal(p) & (positions_of(p) > positions_of(p)[:, None] - 4))[None, None]
-        & p.bool()[:, None, None]
-        & (x[:, None, None] == x[:, None, :, None]),
+        lambda p, s, x: (
+            (causal(p) & (positions_of(p) > positions_of(p)[:, None] - 4))[None, None]
+            & p.bool()[:, None, None]
+            & (x[:, None, None] == x[:, None, :, None])
+        ),
         "causal ∧ window(4) ∧ key_padding(p_1) ∧ same_value(x_1)",
     ),
     "where": (lambda p, s, x: torch.where(causal(p), p.bool()[:, None, None], False), "causal ∧ key_padding(p_1)"),
     "masked_fill": (lambda p, s, x: causal(p).masked_fill(p[:, None, None] == 0, False), "causal ∧ key_padding(p_1)"),
-    "product of integers": (lambda p, s, x: (causal(p).long() * p.bool()[:, None, None].long()).bool(), "causal ∧ key_padding(p_1)"),
-    "views": (
-        lambda p, s, x: causal(p).t().transpose(0, 1).unsqueeze(0).squeeze(0).reshape(1, 1, p.shape[1], p.shape[1])
-        & p.view(p.shape[0], 1, 1, p.shape[1]).permute(0, 2, 1, 3).bool().expand(-1, -1, p.shape[1], -1),
+    "product of integers": (
+        lambda p, s, x: (causal(p).long() * p.bool()[:, None, None].long()).bool(),
         "causal ∧ key_padding(p_1)",
     ),
-}  # fmt: skip
+    "views": (
+        lambda p, s, x: (
+            causal(p).t().transpose(0, 1).unsqueeze(0).squeeze(0).reshape(1, 1, p.shape[1], p.shape[1])
+            & p.view(p.shape[0], 1, 1, p.shape[1]).permute(0, 2, 1, 3).bool().expand(-1, -1, p.shape[1], -1)
+        ),
+        "causal ∧ key_padding(p_1)",
+    ),
+}
 
 
 @both_modes
@@ -252,31 +311,53 @@ def allowed(p):
 
 ADDITIVE = {
     "where": (lambda p, s, x: torch.where(allowed(p), 0.0, MIN), "causal ∧ key_padding(p_1)", False),
-    "where tensors": (lambda p, s, x: torch.where(allowed(p), torch.tensor(0.0), torch.tensor(-INF)), "causal ∧ key_padding(p_1)", True),
+    "where tensors": (
+        lambda p, s, x: torch.where(allowed(p), torch.tensor(0.0), torch.tensor(-INF)),
+        "causal ∧ key_padding(p_1)",
+        True,
+    ),
     "masked_fill": (lambda p, s, x: torch.zeros(p.shape[1], p.shape[1]).masked_fill(~causal(p), -INF), "causal", True),
     "one minus": (lambda p, s, x: (1.0 - allowed(p).float()) * MIN, "causal ∧ key_padding(p_1)", False),
     "triu of full": (lambda p, s, x: torch.triu(torch.full((p.shape[1], p.shape[1]), -INF), 1), "causal", True),
     "triu times later": (
-        lambda p, s, x: torch.full((p.shape[1], p.shape[1]), MIN).triu(1).mul_(positions_of(p) > positions_of(p)[:, None]),
-        "causal", False,
+        lambda p, s, x: (
+            torch.full((p.shape[1], p.shape[1]), MIN).triu(1).mul_(positions_of(p) > positions_of(p)[:, None])
+        ),
+        "causal",
+        False,
     ),
     "sum": (
-        lambda p, s, x: torch.full((p.shape[1], p.shape[1]), -INF).triu(1) + torch.where(p > 0, 0.0, -INF)[:, None, None],
-        "causal ∧ key_padding(p_1)", True,
+        lambda p, s, x: (
+            torch.full((p.shape[1], p.shape[1]), -INF).triu(1) + torch.where(p > 0, 0.0, -INF)[:, None, None]
+        ),
+        "causal ∧ key_padding(p_1)",
+        True,
     ),
     "sum that overflows": (
-        lambda p, s, x: (1.0 - causal(p).float()) * MIN + (1.0 - p.bool().float())[:, None, None] * MIN, "causal ∧ key_padding(p_1)", False,
+        lambda p, s, x: (1.0 - causal(p).float()) * MIN + (1.0 - p.bool().float())[:, None, None] * MIN,
+        "causal ∧ key_padding(p_1)",
+        False,
     ),
     "inverted fill": (
-        lambda p, s, x: (1.0 - p.float()).masked_fill((1.0 - p.float()).bool(), MIN)[:, None, None] + torch.where(causal(p), 0.0, MIN),
-        "causal ∧ key_padding(p_1)", False,
+        lambda p, s, x: (
+            (1.0 - p.float()).masked_fill((1.0 - p.float()).bool(), MIN)[:, None, None]
+            + torch.where(causal(p), 0.0, MIN)
+        ),
+        "causal ∧ key_padding(p_1)",
+        False,
+    ),
+    "what is zero stays": (
+        lambda p, s, x: torch.where(p.float() == 0, p.float(), MIN)[:, None, None] + torch.where(causal(p), 0.0, MIN),
+        "causal ∧ key_padding(p_1)",
+        False,
     ),
     "bfloat16": (
         lambda p, s, x: torch.where(allowed(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min),
-        "causal ∧ key_padding(p_1)", False,
+        "causal ∧ key_padding(p_1)",
+        False,
     ),
     "float32 min rounds to -inf": (lambda p, s, x: torch.where(causal(p), 0.0, MIN).bfloat16(), "causal", True),
-}  # fmt: skip
+}
 
 
 @both_modes
@@ -301,7 +382,9 @@ def test_parts_of_a_mask_need_not_be_causal(mode):
 def test_sizes_have_no_meaning(rows, length):
     """N = S = H, and N = 1."""
     build = lambda p, s, x: (  # noqa: E731
-        causal(p)[None, None].expand(p.shape[0], 1, -1, -1) & p.bool()[:, None, None] & (s[:, None, None] == s[:, None, :, None])
+        causal(p)[None, None].expand(p.shape[0], 1, -1, -1)
+        & p.bool()[:, None, None]
+        & (s[:, None, None] == s[:, None, :, None])
     )
     formula = read(build, inputs=tokens(rows, length))
     assert formula.describe() == "causal ∧ key_padding(p_1) ∧ same_value(s_1)"
@@ -333,7 +416,11 @@ REFUSED = {
     "later only": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None], UNCLEAR, "after it"),
     "window of none": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None]), UNCLEAR, ""),
     "window without causal": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - 3, "not_causal", ""),
-    "symbolic window": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - s[0, 0]), UNCLEAR, ""),
+    "symbolic window": (
+        lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - s[0, 0]),
+        UNCLEAR,
+        "",
+    ),
     "causal or padding": (lambda p, s, x: causal(p) | p.bool()[:, None, None], UNCLEAR, ""),
     "causal or window": (lambda p, s, x: causal(p) | (positions_of(p) < 2), UNCLEAR, ""),
     "prefix language model": (lambda p, s, x: causal(p) | (s[:, None, None] == s[:, None, :, None]), UNCLEAR, ""),
@@ -344,35 +431,78 @@ REFUSED = {
     "doubled key": (lambda p, s, x: positions_of(p) * 2 <= positions_of(p)[:, None], UNCLEAR, ""),
     "not itself": (lambda p, s, x: causal(p) & (positions_of(p) != positions_of(p)[:, None]), UNCLEAR, ""),
     "same value of two columns": (lambda p, s, x: causal(p) & (s[:, None, None] == x[:, None, :, None]), UNCLEAR, ""),
-    "same value of the next row": (lambda p, s, x: causal(p) & (s.roll(1, 0)[:, None, None] == s[:, None, :, None]), UNCLEAR, ""),
+    "same value of the next row": (
+        lambda p, s, x: causal(p) & (s.roll(1, 0)[:, None, None] == s[:, None, :, None]),
+        UNCLEAR,
+        "",
+    ),
     "same value of the next token": (
-        lambda p, s, x: causal(p) & (torch.cat([s, s], 1)[:, 1 : s.shape[1] + 1][:, None, None] == torch.cat([s, s], 1)[:, None, : s.shape[1], None]),
-        UNCLEAR, "",
+        lambda p, s, x: (
+            causal(p)
+            & (
+                torch.cat([s, s], 1)[:, 1 : s.shape[1] + 1][:, None, None]
+                == torch.cat([s, s], 1)[:, None, : s.shape[1], None]
+            )
+        ),
+        UNCLEAR,
+        "",
     ),
     "other value": (lambda p, s, x: causal(p) & (s[:, None, None] != s[:, None, :, None]), UNCLEAR, ""),
     "same float": (lambda p, s, x: causal(p) & (s.float()[:, None, None] == s.float()[:, None, :, None]), UNCLEAR, ""),
     "by head": (lambda p, s, x: causal(p) & (torch.arange(4) > 1)[:, None, None], UNCLEAR, "heads"),
-    "window by head": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - torch.arange(4)[:, None, None], UNCLEAR, "heads"),
+    "window by head": (
+        lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - torch.arange(4)[:, None, None],
+        UNCLEAR,
+        "heads",
+    ),
     "rows where heads are": (lambda p, s, x: causal(p) & p.bool()[:, None, :], UNCLEAR, "heads"),
     "rounded index": (lambda p, s, x: positions_of(p).bfloat16() <= positions_of(p).bfloat16()[:, None], UNCLEAR, ""),
     "rounded by an offset": (
-        lambda p, s, x: positions_of(p).float() + 1e8 <= positions_of(p).float()[:, None] + 1e8, UNCLEAR, "",
+        lambda p, s, x: positions_of(p).float() + 1e8 <= positions_of(p).float()[:, None] + 1e8,
+        UNCLEAR,
+        "",
     ),
-    "rounded by a start": (lambda p, s, x: torch.arange(10**8, p.shape[1] + 10**8).float() <= positions_of(p)[:, None] + 1e8, UNCLEAR, ""),
+    "rounded by a start": (
+        lambda p, s, x: torch.arange(10**8, p.shape[1] + 10**8).float() <= positions_of(p)[:, None] + 1e8,
+        UNCLEAR,
+        "",
+    ),
     "rank 1": (lambda p, s, x: positions_of(p) >= 0, UNCLEAR, "rank 1"),
     "integers": (lambda p, s, x: causal(p).long(), UNCLEAR, "int64"),
     "-10000": (lambda p, s, x: (1.0 - causal(p).float()) * -10000.0, "finite_mask", "-10000"),
     "-1e9": (lambda p, s, x: torch.where(causal(p), 0.0, -1e9), "finite_mask", ""),
     "0 * -inf": (lambda p, s, x: (1.0 - causal(p).float()) * -INF, "finite_mask", "nan"),
     "ones": (lambda p, s, x: torch.where(causal(p), 1.0, MIN), "finite_mask", "1.0"),
-    "another dtype's min": (lambda p, s, x: torch.where(causal(p), 0.0, torch.finfo(torch.float16).min), "finite_mask", ""),
-    "bfloat16 min in float32": (lambda p, s, x: torch.where(causal(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min).float(), "finite_mask", ""),
+    "another dtype's min": (
+        lambda p, s, x: torch.where(causal(p), 0.0, torch.finfo(torch.float16).min),
+        "finite_mask",
+        "",
+    ),
+    "bfloat16 min in float32": (
+        lambda p, s, x: torch.where(
+            causal(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min
+        ).float(),
+        "finite_mask",
+        "",
+    ),
     "additive without causal": (lambda p, s, x: torch.where(p > 0, 0.0, -INF)[:, None, None], "not_causal", ""),
     "reversed additive": (lambda p, s, x: torch.where(causal(p), -INF, 0.0), UNCLEAR, ""),
-    "alibi": (lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (positions_of(p) - positions_of(p)[:, None]) * 0.5, UNCLEAR, "query and key"),
-    "alibi by head": (lambda p, s, x: torch.where(causal(p), 0.0, -INF) + positions_of(p) * torch.rand(4)[:, None, None], UNCLEAR, "heads"),
-    "alibi by values": (lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (x[:, None, None] - x[:, None, :, None]) * 0.5, UNCLEAR, ""),
-}  # fmt: skip
+    "alibi": (
+        lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (positions_of(p) - positions_of(p)[:, None]) * 0.5,
+        UNCLEAR,
+        "query and key",
+    ),
+    "alibi by head": (
+        lambda p, s, x: torch.where(causal(p), 0.0, -INF) + positions_of(p) * torch.rand(4)[:, None, None],
+        UNCLEAR,
+        "heads",
+    ),
+    "alibi by values": (
+        lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (x[:, None, None] - x[:, None, :, None]) * 0.5,
+        UNCLEAR,
+        "",
+    ),
+}
 
 
 @both_modes
@@ -440,10 +570,11 @@ DATA = {
     "additive": (lambda b, m, p: torch.where(m, 0.0, MIN), {"data_additive": True}),
     "additive as given": (lambda b, m, p: b[:, :, : p.shape[1], : p.shape[1]] * 1.0, {"data_additive": True}),
     "additive and padding": (
-        lambda b, m, p: torch.where(m, 0.0, MIN) + torch.where(p > 0, 0.0, MIN)[:, None, None], {"data_additive": True},
+        lambda b, m, p: torch.where(m, 0.0, MIN) + torch.where(p > 0, 0.0, MIN)[:, None, None],
+        {"data_additive": True},
     ),
     "additive per key": (lambda b, m, p: ((1.0 - p.float()) * MIN)[:, None, None], {"data_additive": True}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -453,7 +584,10 @@ def test_masks_that_are_data(name):
     found = (read_allowed if mask.meta["val"].dtype == torch.bool else read_additive)(mask)
     assert not isinstance(found, Unsupported), found
     assert found.data is mask and found.leaves == (mask,)
-    assert {f: getattr(found, f) for f in ("data_additive", "data_negated")} == {"data_additive": False, "data_negated": False} | fields
+    assert {f: getattr(found, f) for f in ("data_additive", "data_negated")} == {
+        "data_additive": False,
+        "data_negated": False,
+    } | fields
     assert not found.causal and not found.key_valid
 
 
@@ -497,15 +631,23 @@ def within(c):
 
 
 PACKED = {
-    "causal": (lambda x: within(segments_of(x)) & (x[:, None, None] <= x[:, None, :, None]), "causal ∧ same_value(cumsum)"),
+    "causal": (
+        lambda x: within(segments_of(x)) & (x[:, None, None] <= x[:, None, :, None]),
+        "causal ∧ same_value(cumsum)",
+    ),
     "window": (
-        lambda x: within(segments_of(x)) & (x[:, None, None] <= x[:, None, :, None]) & (x[:, None, None] > x[:, None, :, None] - 2),
+        lambda x: (
+            within(segments_of(x))
+            & (x[:, None, None] <= x[:, None, :, None])
+            & (x[:, None, None] > x[:, None, :, None] - 2)
+        ),
         "causal ∧ window(2) ∧ same_value(cumsum)",
     ),
     "indices": (
-        lambda x: within(segments_of(positions_of(x)[None].expand(x.shape[0], -1))) & causal(x), "causal",
+        lambda x: within(segments_of(positions_of(x)[None].expand(x.shape[0], -1))) & causal(x),
+        "causal",
     ),
-}  # fmt: skip
+}
 
 
 @both_modes
@@ -520,7 +662,13 @@ NOT_PACKED = {
     "other segments": lambda x: within(segments_of(x + 0, by=2)) & (x[:, None, None] <= x[:, None, :, None]),
     "other start": lambda x: within(segments_of(x, prepend=2)) & (x[:, None, None] <= x[:, None, :, None]),
     "segments of other positions": lambda x: within(segments_of(x * 2)) & (x[:, None, None] <= x[:, None, :, None]),
-    "segments down the rows": lambda x: within((torch.diff(x, prepend=x[:1] - 1, dim=0) != 1).cumsum(0)) & (x[:, None, None] <= x[:, None, :, None]),
+    "segments down the rows": lambda x: (
+        within((torch.diff(x, prepend=x[:1] - 1, dim=0) != 1).cumsum(0)) & (x[:, None, None] <= x[:, None, :, None])
+    ),
+    "segment numbers that wrap": lambda x: (
+        within((torch.diff(x, prepend=x[:, :1] - 1, dim=-1) != 1).cumsum(-1, dtype=torch.int8))
+        & (x[:, None, None] <= x[:, None, :, None])
+    ),
     "position against index": lambda x: within(segments_of(x)) & (positions_of(x) <= x[:, None, :, None]),
     "sums of positions": lambda x: within(segments_of(x)) & (x[:, None, None] + x[:, None, :, None] <= 9),
 }
@@ -542,7 +690,12 @@ def test_segments_of_floats_are_values():
 # ---------------------------------------------------------------------------------------------------------------------
 
 TINY = dict(
-    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, vocab_size=64
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    vocab_size=64,
 )
 
 
@@ -620,10 +773,13 @@ def test_mistral_window(dynamic):
     check_model(found, f"causal ∧ window(8) ∧ {PADDING}", SHAPES)
 
 
-@pytest.mark.parametrize("kind, words, config", [
-    ("LlamaConfig", "causal ∧ same_value(cumsum)", {}),
-    ("MistralConfig", "causal ∧ window(3) ∧ same_value(cumsum)", {"sliding_window": 3}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, words, config",
+    [
+        ("LlamaConfig", "causal ∧ same_value(cumsum)", {}),
+        ("MistralConfig", "causal ∧ window(3) ∧ same_value(cumsum)", {"sliding_window": 3}),
+    ],
+)
 def test_packed_documents(kind, words, config):
     calls = [{**without_mask(batch(*s)), "position_ids": packed_positions(*s)[0]} for s in SHAPES]
     check_model(model_masks(kind, calls, dynamic=True, **config), words, SHAPES)

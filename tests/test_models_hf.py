@@ -12,7 +12,7 @@ from harness import (
 )
 
 pytest.importorskip("transformers")
-from tiny_hf import CONFIGS, POSITIONS_FROM_MASK, VOCAB, build  # noqa: E402
+from tiny_hf import CONFIGS, POSITIONS_FROM_MASK, VOCAB, build, install_capturing_hooks  # noqa: E402
 
 NAMES = list(CONFIGS)
 SOME = ["llama", "gpt2", "opt"]  # rotary, learned positions, positions counted from the mask
@@ -99,7 +99,8 @@ def test_position_ids_given(name):
 @pytest.mark.parametrize("name", SOME)
 def test_hidden_states(name):
     batch = batch_of("right")
-    report = assert_packs(name, batch, batch.inputs | {"output_hidden_states": True, "use_cache": False})
+    kwargs = batch.inputs | {"output_hidden_states": True, "use_cache": False}
+    report = assert_packs(name, batch, kwargs, model=install_capturing_hooks(build(name)))
     assert "out.hidden_states[0]" in report.eager.outputs
 
 

@@ -78,6 +78,13 @@ def lines_named(source: str) -> set[int]:
     return {int(line) for line in re.findall(re.escape(THIS_FILE) + r"\D{0,10}(\d+)", source)}
 
 
+@needs_pgcompile
+def test_the_kinds_exist():
+    from pgcompile.passes.reasons import KINDS
+
+    assert {kind for case in CASES.values() for kind in case.outcome.kinds} <= KINDS.keys()
+
+
 def test_the_suite_is_as_large_as_promised():
     may_not_pack = [case for case in CASES.values() if "packed" not in case.outcome.statuses]
     legitimate_after_attention = [case for case in CASES.values() if case.place in ("hidden", "logits")]

@@ -4,6 +4,7 @@ import torch
 from harness import rewire
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 VOCAB = 31
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -48,4 +49,14 @@ def build(name: str, **overrides) -> nn.Module:
     """A float64 model in training mode, with noise on every parameter (norm weights and biases too)."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, vocab_size=VOCAB, **TOKENS, **CONFIGS[name], **overrides)
-    return rewire(AutoModelForCausalLM.from_config(config).train())
+    model = rewire(AutoModelForCausalLM.from_config(config).train())
+    # transformers doesn't find it from the class name of GPT-2, and says so in every forward, which breaks the graph.
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def install_capturing_hooks(model: nn.Module) -> nn.Module:
+    """What the first forward with `output_hidden_states` does, under a lock, which breaks the graph."""
+    maybe_install_capturing_hooks(model)
+    maybe_install_capturing_hooks(model.base_model)
+    return model
