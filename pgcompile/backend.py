@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .cost import MIN_SAVING, Cost, count_work
 from .engines.choose import choose
-from .inner import Artifact, DenseGraph, _modes, compile_lock, compile_packed
+from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of, modes
 from .options import Options
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.layout import POSITION, ROW, Dim
@@ -97,7 +97,7 @@ class PackedCall:
         self.options, self.collector = options, collector
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
         self.dense = DenseGraph(compilation.dynamo, options)
-        self.artifacts: dict[Any, Artifact] = {}
+        self.families: dict[Any, Family] = {}
         self.unchecked = options.check
         self.warned: set[str] = set()
 
@@ -148,12 +148,11 @@ class PackedCall:
         inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
         if plan.tokens == 1:
             return self.graphs.packed, inputs  # sizes of 1 are special to compilers, and there is nothing to gain
-        key = _modes()
-        artifact = self.artifacts.get(key)
-        if artifact is None:
-            artifact = compile_packed(self.graphs, self.aten, plan.tokens, self.options)
-            self.artifacts[key] = artifact
-        return artifact.call, inputs
+        mode = modes()
+        family = self.families.get(mode)
+        if family is None:
+            family = self.families[mode] = family_of(self.graphs, self.aten, self.options)
+        return compiled_packed(family, self.graphs, self.aten, plan.tokens, self.options), inputs
 
     def _input(self, spec: Input, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> Any:
         if spec.kind == "argument":

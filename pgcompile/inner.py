@@ -2,11 +2,12 @@
 
 The packed graph is handed to the inner compiler directly, with T dynamic in a fresh ShapeEnv; no guard on T may be
 left. Two graphs with the same operations, constants and input types (a static and a dynamic trace of one model, say)
-share an artifact: parameters are inputs.
+share artifacts: parameters are inputs.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,19 +20,33 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from . import stats
 from .options import Options
+from .passes.lower import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
 
 compile_lock = threading.RLock()
 
 
 class Artifact:
-    """A compiled graph; a class of its own so that it can be held weakly."""
+    """A compiled packed graph, and the numbers of tokens it serves: all, unless the inner compiler chose code by size.
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
+    (Inductor's C++ code sums more than 4096 numbers in another way than fewer, and guards on that.)
+    """
+
+    def __init__(self, call: Callable[..., Any], least: float, most: float) -> None:
+        self.call, self.least, self.most = call, least, most
+
+    def serves(self, tokens: int) -> bool:
+        return self.least <= tokens <= self.most
 
 
-_artifacts: weakref.WeakValueDictionary[Any, Artifact] = weakref.WeakValueDictionary()
+class Family:
+    """The artifacts of one packed graph; a class of its own so that it can be held weakly."""
+
+    def __init__(self) -> None:
+        self.artifacts: list[Artifact] = []
+
+
+_families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
 
 
 def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -49,38 +64,55 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[no-any-return]
 
 
-def compile_packed(graphs: Any, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Artifact:
-    """The artifact for a packed graph, shared with equal graphs.
+def family_of(graphs: PackedGraphs, aten_gm: fx.GraphModule, options: Options) -> Family:
+    """The artifacts for a packed graph, shared with equal graphs."""
+    key = (structure(graphs.packed), _types(graphs, aten_gm), options.inner, options.inner_mode, modes())
+    with compile_lock:
+        return _families.setdefault(key, Family())
 
-    Args:
-        tokens: T of the batch at hand, a hint only.
+
+def compiled_packed(
+    family: Family, graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, options: Options
+) -> Callable[..., Any]:
+    """The compiled packed graph for a number of tokens; compiles it on first use.
 
     Raises:
-        RuntimeError: if the inner compiler left a guard on the number of tokens.
+        RuntimeError: if the inner compiler specialised the number of tokens other than to a range.
     """
-    key = (structure(graphs.packed), _types(graphs, aten_gm), options.inner, options.inner_mode, _modes())
+    for artifact in family.artifacts:
+        if artifact.serves(tokens):
+            return artifact.call
     with compile_lock:
-        found = _artifacts.get(key)
-        if found is None:
-            found = Artifact(_compile_packed(graphs, aten_gm, tokens, options))
-            _artifacts[key] = found
+        if not any(a.serves(tokens) for a in family.artifacts):
+            family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, options))
             stats.count(compiles=1)
-    return found
+    return next(a.call for a in family.artifacts if a.serves(tokens))
 
 
-def _compile_packed(graphs: Any, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Callable[..., Any]:
+def _compile_packed(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Artifact:
     if options.inner == "eager":
-        return graphs.packed  # type: ignore[no-any-return]
+        return Artifact(graphs.packed, 0, math.inf)
     env = ShapeEnv()
-    # hints are odd and large: sizes 0 and 1, and sizes equal to others, would be specialised
-    size_of_tokens, size_of_segments = (_dynamic_size(env, name, hint) for name, hint in (("tokens", max(tokens, 64) + 13), ("segments", 1009)))
+    size = _dynamic_size(env, "tokens", tokens)
+    # the hint is odd and large: a size equal to another one could be taken for it
+    segments = _dynamic_size(env, "segments", 100003)
     with FakeTensorMode(shape_env=env):
-        inputs = packed_inputs(graphs, aten_gm, size_of_tokens, size_of_segments)
+        inputs = packed_inputs(graphs, aten_gm, size, segments)
     call = compile_inner(_copy(graphs.packed), inputs, options)
-    guards = [g.expr for g in env.guards if not _holds_from_two(g.expr)]
-    if guards:
-        raise RuntimeError(f"the inner compiler specialised the number of tokens: {guards}")
-    return call
+    symbol = size.node.expr
+    for guard in env.guards:
+        if not _is_range(guard.expr, symbol):
+            raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guard.expr}")
+    allowed = env.var_to_range[symbol]
+    return Artifact(call, float(allowed.lower), float(allowed.upper))
+
+
+def _is_range(guard: Any, symbol: Any) -> bool:
+    """Is a guard a lower or upper bound on the number of tokens?"""
+    import sympy
+
+    sides = {guard.lhs, guard.rhs} if isinstance(guard, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)) else set()
+    return symbol in sides and all(side == symbol or side.is_Integer for side in sides)
 
 
 def _dynamic_size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
@@ -89,15 +121,6 @@ def _dynamic_size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
     source = ConstantSource(f"num_{name}")
     symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
     return env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
-
-
-def _holds_from_two(guard: Any) -> bool:
-    """Does a guard on a size hold for all sizes of 2 or more?"""
-    import sympy
-
-    (symbol,) = guard.free_symbols
-    size = sympy.Symbol("size", integer=True, positive=True)
-    return sympy.simplify(guard.subs(symbol, size + 1)) == sympy.true
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -137,7 +160,7 @@ def _constant_key(value: Any) -> Any:
     return repr(value)
 
 
-def _types(graphs: Any, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
+def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = packed_inputs(graphs, aten_gm, 7919)
     return tuple(
@@ -146,7 +169,7 @@ def _types(graphs: Any, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
     )
 
 
-def _modes() -> tuple[Any, ...]:
+def modes() -> tuple[Any, ...]:
     """What the inner compiler bakes in: grad mode, autocast, determinism."""
     autocast = tuple(
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
@@ -169,17 +192,17 @@ class DenseGraph:
     def __call__(self, *args: Any) -> Any:
         if self.options.inner == "eager":
             return self.gm(*args)
-        modes = _modes()
+        current = modes()
         for env, code, compiled_modes, call in self.compiled:
-            if modes == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
+            if current == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
                 return call(*args)
         if len(self.compiled) >= self.MOST:
             return self.gm(*args)
         with compile_lock:
-            call = self._compile(args, modes)
+            call = self._compile(args, current)
         return call(*args)
 
-    def _compile(self, args: Sequence[Any], modes: Any) -> Callable[..., Any]:
+    def _compile(self, args: Sequence[Any], current: Any) -> Callable[..., Any]:
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 
@@ -199,7 +222,6 @@ class DenseGraph:
             else:
                 fakes.append(arg)
         call = compile_inner(_copy(self.gm), fakes, self.options)
-        tensors = [f for f in fakes]
-        code = env.produce_guards_expression(tensors)
-        self.compiled.append((env, code, modes, call))
+        code = env.produce_guards_expression(fakes)
+        self.compiled.append((env, code, current, call))
         return call

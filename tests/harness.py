@@ -171,7 +171,7 @@ def random_tree_batch(
 
 
 def brute_force_packed_tokens(columns: Sequence[torch.Tensor], kept: torch.Tensor) -> int:
-    """The number of distinct prefixes, where a prefix is what every column [N, S] says from a row's first kept token."""
+    """The number of distinct prefixes: what every column [N, S] says from a row's first kept token up to a token."""
     prefixes: set[tuple] = set()
     for row in range(kept.shape[0]):
         prefix: tuple = ()
@@ -215,7 +215,11 @@ def named_tensors(value: Any, name: str = "out") -> dict[str, torch.Tensor]:
         children = [(f"{name}[{index}]", child) for index, child in enumerate(value)]
     else:
         children = []
-    return {key: tensor for child_name, child in children for key, tensor in named_tensors(child, child_name).items()}
+    return {
+        key: tensor
+        for child_name, child in children
+        for key, tensor in named_tensors(child, child_name).items()
+    }
 
 
 def _parameters(roots: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -258,7 +262,9 @@ def run(
     kwargs = dict(kwargs or {})
     module = owner if owner is not None else call
     roots = [module, *args, *kwargs.values()]
-    leaves = {name: tensor for name, tensor in _parameters(roots).items() if tensor.requires_grad and tensor.is_leaf}
+    leaves = {
+        name: tensor for name, tensor in _parameters(roots).items() if tensor.requires_grad and tensor.is_leaf
+    }
     for leaf in leaves.values():
         leaf.grad = None
     torch.manual_seed(seed)
@@ -273,8 +279,13 @@ def run(
         loss.backward()
 
     def snapshot(tensors: Mapping[str, torch.Tensor | None]) -> dict:
-        copies = {name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()}
-        return {name: copy.to_dense() if copy is not None and copy.is_sparse else copy for name, copy in copies.items()}
+        copies = {
+            name: None if tensor is None else tensor.detach().clone() for name, tensor in tensors.items()
+        }
+        return {
+            name: copy.to_dense() if copy is not None and copy.is_sparse else copy
+            for name, copy in copies.items()
+        }
 
     return Result(
         outputs=snapshot({name: _zero_pads(tensor, kept) for name, tensor in outputs.items()}),
@@ -307,11 +318,16 @@ def differences(actual: Result, expected: Result, tol: float, gradient_tol: floa
 
     def compare(kind: str, name: str, got: torch.Tensor, want: torch.Tensor, bound: float) -> None:
         if got.shape != want.shape or got.dtype != want.dtype:
-            lines.append(f"{kind} {name}: {list(got.shape)} {got.dtype}, eager {list(want.shape)} {want.dtype}")
+            lines.append(
+                f"{kind} {name}: {list(got.shape)} {got.dtype}, eager {list(want.shape)} {want.dtype}"
+            )
         elif (difference := _difference(got, want)) > bound:
             lines.append(f"{kind} {name}: differs by {difference:.3g}, allowed {bound:.3g}")
 
-    for kind, got, want in (("output", actual.outputs, expected.outputs), ("state", actual.state, expected.state)):
+    for kind, got, want in (
+        ("output", actual.outputs, expected.outputs),
+        ("state", actual.state, expected.state),
+    ):
         if got.keys() != want.keys():
             lines.append(f"{kind}s {sorted(got)}, eager {sorted(want)}")
             continue
@@ -326,7 +342,9 @@ def differences(actual: Result, expected: Result, tol: float, gradient_tol: floa
         elif got is None:
             lines.append(f"gradient {name}: none, eager's largest entry is {_largest(want):.3g}")
         else:
-            compare("gradient", name, got, want, gradient_tol * max(_largest(want), NEGLIGIBLE_GRADIENT * largest))
+            compare(
+                "gradient", name, got, want, gradient_tol * max(_largest(want), NEGLIGIBLE_GRADIENT * largest)
+            )
     return lines
 
 

@@ -4,7 +4,7 @@ A case says where its function sits in a small language model, what may happen t
 that a refusal must name. Whatever happens, values and gradients are the original's: that is test_refusals.py.
 
     between(...)     op(m, x, ids, mask, *extra) -> x       on the stream, between two attentions
-    attention(...)   op(m, q, k, v, ids, mask, *extra)      instead of the second attention; q, k, v, result [N, H, S, D]
+    attention(...)   op(m, q, k, v, ids, mask, *extra)      instead of the second attention; all [N, H, S, D]
     hidden(...)      op(m, x, ids, mask, *extra)            on the stream after the last attention, before the head
     logits(...)      op(m, logits, ids, mask, *extra)       after the head
 """
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Batch, random_tree_batch, rewire
 from torch import nn
+
+from harness import Batch, random_tree_batch, rewire
 
 VOCAB, HIDDEN, HEADS, LONGEST = 13, 8, 4, 16
 
@@ -74,7 +75,11 @@ class Case:
         return rewire(Stream(self))
 
     def arguments(self, rows: int, positions: int, seed: int = 0) -> tuple:
-        batch = random_tree_batch(rows=rows, positions=positions, vocab=VOCAB, padding=self.padding, seed=seed)
+        """The same tensors for the same numbers, new ones each time: a case may write into them."""
+        torch.manual_seed(seed)
+        batch = random_tree_batch(
+            rows=rows, positions=positions, vocab=VOCAB, padding=self.padding, seed=seed
+        )
         return batch.input_ids, batch.attention_mask, *self.inputs(batch)
 
     @property
@@ -101,7 +106,9 @@ def _register(place: str) -> Callable:
     return with_outcome
 
 
-between, attention, hidden, logits = (_register(place) for place in ("between", "attention", "hidden", "logits"))
+between, attention, hidden, logits = (
+    _register(place) for place in ("between", "attention", "hidden", "logits")
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -948,7 +955,9 @@ def float_input_with_gradient(m, x, ids, mask, features):
 @between(
     either("ambiguous_seed", "unknown_op"),
     # Equal where ids are equal: values alone would allow sharing, the gradient of every copy is still its own.
-    inputs=lambda batch: ((batch.input_ids[..., None] * torch.ones(HIDDEN, dtype=torch.float64)).requires_grad_(),),
+    inputs=lambda batch: (
+        (batch.input_ids[..., None] * torch.ones(HIDDEN, dtype=torch.float64)).requires_grad_(),
+    ),
 )
 def float_input_with_gradient_equal_values(m, x, ids, mask, features):
     return x * features  # <--
@@ -964,7 +973,9 @@ def float_input(m, x, ids, mask, features):
 
 @between(
     either("ambiguous_seed", *ROWS),
-    inputs=lambda batch: (torch.randn(batch.input_ids.shape[0], 1, HIDDEN, dtype=torch.float64).requires_grad_(),),
+    inputs=lambda batch: (
+        torch.randn(batch.input_ids.shape[0], 1, HIDDEN, dtype=torch.float64).requires_grad_(),
+    ),
 )
 def row_vector_with_gradient(m, x, ids, mask, vector):
     return x + vector  # <--
@@ -1345,10 +1356,15 @@ def bias_by_absolute_indices(m, q, k, v, ids, mask):
     return scores.masked_fill(~causal_mask(S), float("-inf")).softmax(-1) @ v
 
 
-@attention(either(*BOTH, *NOT_CAUSAL), inputs=lambda batch: (torch.randn(16, 16, dtype=torch.float64).requires_grad_(),))
+@attention(
+    either(*BOTH, *NOT_CAUSAL),
+    inputs=lambda batch: (torch.randn(16, 16, dtype=torch.float64).requires_grad_(),),
+)
 def bias_with_gradient(m, q, k, v, ids, mask, bias):
     S = q.shape[-2]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:S, :S] + torch.full((S, S), -torch.inf).triu(1))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias[:S, :S] + torch.full((S, S), -torch.inf).triu(1)
+    )
 
 
 @attention(either(*BOTH, *NOT_CAUSAL))
@@ -1395,12 +1411,17 @@ def callers_mask_full(m, q, k, v, ids, mask, square):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=square)
 
 
-@attention(refused(*BOTH, *NOT_CAUSAL), inputs=lambda batch: (_square_mask(batch).index_fill(3, torch.tensor(-1), True),))
+@attention(
+    refused(*BOTH, *NOT_CAUSAL),
+    inputs=lambda batch: (_square_mask(batch).index_fill(3, torch.tensor(-1), True),),
+)
 def callers_mask_causal_but_for_the_last_key(m, q, k, v, ids, mask, square):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=square)
 
 
-@attention(refused(*BOTH, *NOT_CAUSAL), inputs=lambda batch: (torch.where(_square_mask(batch), 0.0, -3.0).double(),))
+@attention(
+    refused(*BOTH, *NOT_CAUSAL), inputs=lambda batch: (torch.where(_square_mask(batch), 0.0, -3.0).double(),)
+)
 def callers_mask_finite(m, q, k, v, ids, mask, square):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=square)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from harness import (
     BACKEND,
     assert_same,
@@ -12,7 +13,7 @@ from harness import (
 )
 
 pytest.importorskip("transformers")
-from tiny_hf import CONFIGS, POSITIONS_FROM_MASK, VOCAB, build, install_capturing_hooks  # noqa: E402
+from tiny_hf import CONFIGS, POSITIONS_FROM_MASK, VOCAB, build, install_capturing_hooks
 
 NAMES = list(CONFIGS)
 SOME = ["llama", "gpt2", "opt"]  # rotary, learned positions, positions counted from the mask
@@ -50,7 +51,13 @@ def key_columns(name, batch, positions=None):
 def assert_packs(name, batch, kwargs, *, model=None, columns=None, **details):
     with float64_everywhere():
         report = assert_same(
-            model or build(name), (), kwargs, kept=batch.kept, fullgraph=True, expect_status="packed", **details
+            model or build(name),
+            (),
+            kwargs,
+            kept=batch.kept,
+            fullgraph=True,
+            expect_status="packed",
+            **details,
         )
     if BACKEND == "pgcompile":
         columns = columns or key_columns(name, batch)
@@ -156,7 +163,9 @@ def test_square_mask_from_the_caller(name, masked):
         allowed[:] = True
     elif masked == "one_future_key":
         allowed[1, 0, 2, 5] = True
-    additive = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
+    additive = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(
+        ~allowed, torch.finfo(torch.float64).min
+    )
     packs = masked in ("causal", "causal_and_padding")
     refused = masked in ("everything", "one_future_key")
     with float64_everywhere():
@@ -193,7 +202,9 @@ def test_partly_frozen(name):
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 == 0)
     batch = batch_of("right")
-    assert_packs(name, batch, batch.inputs | {"labels": shifted_labels(batch), "use_cache": False}, model=model)
+    assert_packs(
+        name, batch, batch.inputs | {"labels": shifted_labels(batch), "use_cache": False}, model=model
+    )
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -209,7 +220,9 @@ def test_active_dropout_is_not_packed():
     if BACKEND == "pgcompile":
         assert report.stats.packed == 0
     with torch.no_grad():
-        assert_packs("llama", batch, batch.inputs | {"use_cache": False}, model=report_model.eval(), backward=False)
+        assert_packs(
+            "llama", batch, batch.inputs | {"use_cache": False}, model=report_model.eval(), backward=False
+        )
 
 
 def dtypes_in_graphs(call, kwargs):

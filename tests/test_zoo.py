@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from harness import (
     BACKEND,
     assert_same,

@@ -1,10 +1,11 @@
 """The twelve transformers models of the suite, tiny: hidden 32, 2 layers, 4 heads, vocabulary 31, no dropout."""
 
 import torch
-from harness import rewire
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from harness import rewire
 
 VOCAB = 31
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -22,9 +23,15 @@ CONFIGS = {
     "qwen3": LLAMA_LIKE | dict(head_dim=8),
     "mistral": LLAMA_LIKE | dict(head_dim=8),
     "phi3": LLAMA_LIKE | dict(original_max_position_embeddings=64),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2": dict(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
     "gpt_neox": dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
     ),
     "opt": dict(
         hidden_size=32,

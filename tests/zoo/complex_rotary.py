@@ -1,4 +1,4 @@
-"""Meta's llama: complex rotary from a buffer, KV by repeat_interleave, full(-inf) + triu only when S > 1. No padding."""
+"""Meta's llama: complex rotary from a table, KV by repeat_interleave, full(-inf) + triu if S > 1. No padding."""
 
 import torch
 import torch.nn.functional as F

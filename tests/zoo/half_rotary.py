@@ -1,4 +1,4 @@
-"""A llama: half rotary from mask-aware positions, KV repeated by expand, SDPA with bool causal & key padding. Padding."""
+"""A llama: half rotary from mask-aware positions, KV by expand, SDPA with bool causal & key padding. Padding."""
 
 import torch
 import torch.nn.functional as F

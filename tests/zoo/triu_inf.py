@@ -16,7 +16,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x, cos, sin, mask):
-        N, S, D = x.shape
+        N, S, _ = x.shape
         q, k, v = (t.reshape(N, S, self.heads, self.head_dim) for t in self.wqkv(x).chunk(3, dim=-1))
         q = q * cos + rotate_interleaved(q) * sin
         k = k * cos + rotate_interleaved(k) * sin
