@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from . import graph, lower, padding, propagate, verify
 from .attention_match import match_attention
+from .canonicalize import canonicalize
 from .functionalize import functionalize
 from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
 from .verify import fake_inputs
+
+
+# A graph whose work is mostly behind something that couldn't be packed is better off as it was.
+LATE_SHARE = 0.25
 
 
 def opaque_pass(c: Compilation) -> None:
@@ -21,6 +26,12 @@ def opaque_pass(c: Compilation) -> None:
 def aten_pass(c: Compilation) -> None:
     """Dynamo graph → pre-dispatch ATen, one spelling per operation."""
     c.aten = graph.to_aten(c.dynamo)
+
+
+def canonicalize_pass(c: Compilation) -> None:
+    """Operations that only look at another tensor's dtype or sizes → without that tensor."""
+    assert c.aten is not None
+    canonicalize(c.aten)
 
 
 def functionalize_pass(c: Compilation) -> None:
@@ -37,6 +48,8 @@ def analyse_pass(c: Compilation) -> None:
         return c.refuse(found)
     c.analysis = found
     c.refuse(*found.reasons)
+    if not c.reasons and found.late_share() > LATE_SHARE:
+        c.refuse(*found.late_reasons())
     if not found.has_work and not found.reasons:
         c.refuse(Unsupported("no_token_stream", None, "the graph has neither attention nor linear layers over tokens"))
 
@@ -78,6 +91,7 @@ def verify_pass(c: Compilation) -> None:
 PASSES: tuple[Pass, ...] = (
     opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
     aten_pass,  # before all that reads operations
+    canonicalize_pass,  # before what asks what depends on what
     functionalize_pass,  # before the analysis, which refuses writes
     analyse_pass,
     attention_pass,  # after layouts, which tell queries from keys

@@ -104,6 +104,13 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
     scale = 1.0
     scores: Any = softmax.args[0]
     while scores.target not in _PRODUCTS:
+        if scores.target is aten.baddbmm.default:
+            mask_and_scale = _read_baddbmm(scores, analysis)
+            if isinstance(mask_and_scale, Unsupported):
+                return mask_and_scale
+            masks.append(mask_and_scale[0])
+            scale *= mask_and_scale[1]
+            break
         step = _read_step(scores, analysis)
         if isinstance(step, Unsupported):
             return step
@@ -117,7 +124,7 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
     formula = _causal(conjoin(*masks), node, analysis)
     if isinstance(formula, Unsupported):
         return formula
-    q, k = scores.args[0], scores.args[1]
+    q, k = scores.args[-2:]
     return AttentionMatch(node, q, k, v, scale, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False)
 
 
@@ -169,6 +176,21 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
             found = read_additive(mask, alone=False)
             return found if isinstance(found, Unsupported) else (scores, 1.0, found)
     return Unsupported("token_mixing", node, f"`{target}` between attention scores and softmax has no rule")
+
+
+def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float] | Unsupported:
+    """`baddbmm(mask, q, kᵀ)`: the mask and the factor of the product."""
+    args, kwargs = bound_args(node)
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if analysis.kind(args[0]) != PROLOGUE:
+        return Unsupported("mask_not_understood", node, "a bias computed from activations or parameters is added to the scores")
+    if beta == 0:
+        return MaskFormula(), float(alpha)
+    heads = math.prod(_head_dims(args[1], analysis))
+    found = read_additive(args[0], alone=False, merged_heads=heads)
+    if isinstance(found, Unsupported) or (beta != 1 and not found.minus_inf):
+        return found if isinstance(found, Unsupported) else Unsupported("finite_mask", node, "a finite mask is scaled")
+    return found, float(alpha)
 
 
 def _masked(

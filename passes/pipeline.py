@@ -74,7 +74,7 @@ def run_passes(
     return compilation
 
 
-OPTIONAL = ("functionalize_pass",)
+OPTIONAL = ("canonicalize_pass", "functionalize_pass", "padding_pass", "verify_pass")
 
 
 def _dump(folder: str | None, number: int, name: str, when: str, compilation: Compilation) -> None:

@@ -11,6 +11,8 @@ no mixer depends on may run unpacked, so there a value that can't stay packed be
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +64,21 @@ class Analysis:
     @property
     def has_work(self) -> bool:
         """Is there anything on the stream that is worth sharing?"""
-        heavy = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)
-        return bool(self.mixers) or any(n.target in heavy and v.kind == STREAM for n, v in self.values.items())
+        return bool(self.mixers) or self._work(STREAM) > 0
+
+    def late_share(self) -> float:
+        """Share of the matrix products that run on unpacked tokens, by multiply-adds on the dense batch."""
+        late = self._work(LATE)
+        return late / (late + self._work(STREAM)) if late else 0.0
+
+    def late_reasons(self) -> list[Unsupported]:
+        """Why late values aren't packed: the roots."""
+        roots = {v.reason.node: v.reason for v in self.values.values() if v.kind == LATE and v.reason}
+        generic = Unsupported("token_mixing", None, "most of the work follows an operation on unpacked tokens")
+        return list(roots.values()) or [generic]
+
+    def _work(self, kind: str) -> int:
+        return sum(_multiply_adds(n) for n, v in self.values.items() if v.kind == kind)
 
     def kind(self, node: Any) -> str:
         return self.values[node].kind if isinstance(node, fx.Node) else NUMBER
@@ -230,7 +245,7 @@ class _Walk:
             return self._late(node, kinds)
         if STREAM not in kinds:
             return self._written(node) or Value(WEIGHT)
-        if node.target is _getitem():
+        if node.target is operator.getitem:
             source, index = node.args
             layouts = self.out.values[source].layouts  # type: ignore[index]
             return Value(STREAM, (layouts[index],), Outcome(layouts[index]))  # type: ignore[index]
@@ -329,10 +344,23 @@ class _Walk:
         return Operand(arg, value.kind, shape(arg), value.layouts[0] if value.layouts else None)
 
 
-def _getitem() -> Any:
-    import operator
+def _multiply_adds(node: fx.Node) -> int:
+    """Of a matrix product on the dense batch; 0 for anything else. An estimate: symbolic sizes count by their hint."""
+    operand = _PRODUCTS.get(node.target)
+    if operand is None or not is_tensor(node):
+        return 0
+    inner = shape(node.args[operand])[-1]
+    return math.prod(_hint(s) for s in (*shape(node), inner))
 
-    return operator.getitem
+
+_PRODUCTS = {
+    aten.linear.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
+    aten.baddbmm.default: 1, aten.scaled_dot_product_attention.default: 1,
+}  # fmt: skip
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _symbolic_argument(args: Any, kwargs: Any) -> Any:

@@ -40,6 +40,37 @@ KINDS: dict[str, str] = {
 }
 
 
+# What a user can do, where the one who found it has nothing better to say.
+HINTS: dict[str, str] = {
+    "not_causal": "pass is_causal=True or a causal mask",
+    "mask_not_understood": "build the mask from comparisons of positions and from [N, S] columns; see docs/fallbacks.md",
+    "finite_mask": "mask with torch.finfo(dtype).min or -inf",
+    "token_mixing": "move it behind the last attention, where tokens are unpacked, or out of the compiled region",
+    "row_mixing": "move it behind the last attention, where tokens are unpacked, or out of the compiled region",
+    "unknown_op": "docs/rules.md tells how to add a rule",
+    "randomness": 'call model.eval(), set its probability to 0, or pass dropout="shared"',
+    "autograd_function": "use autograd's own derivative, or move it out of the compiled region",
+    "hook": "register the hook outside of the compiled region",
+    "mutation": "write it out of place",
+    "embedding_gradient": "unset scale_grad_by_freq, sparse and max_norm",
+    "ambiguous_seed": "compile the parts that take one batch of tokens each",
+    "no_token_stream": "compile a larger part of the model, from the embedding on",
+    "size_as_number": "use a constant, or compute it outside of the compiled region",
+    "row_layout": "keep rows and positions in dims of their own",
+    "kv_cache": "pass use_cache=False",
+    "trace_failed": "run this part outside of the compiled region",
+    "verification_failed": "please report it, with the model",
+    "internal_error": "please report it, with the model",
+    "engine_error": "please report it, with the model",
+    "fully_masked_query": "let every token attend to itself",
+    "batch_mask": "pass a 2-D attention_mask, or a causal 4-D one",
+    "padding_read": "multiply by the mask before reducing, or use ignore_index labels on padding",
+    "not_worth_it": "batch rows that share prefixes together",
+    "empty_batch": "",
+    "pass_disabled": "remove it from disable_passes",
+}
+
+
 @dataclass(frozen=True)
 class Unsupported:
     """What a rule or a match returns when it can't prove its case.
@@ -93,7 +124,7 @@ class FallbackReason:
             node=node.name if node is not None else "",
             target=str(node.target) if node is not None else "",
             explanation=reason.explanation,
-            hint=reason.hint,
+            hint=reason.hint or HINTS[reason.kind],
             source=source_line(node) if node is not None else "",
         )
 

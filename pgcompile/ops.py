@@ -155,7 +155,7 @@ def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> T
     grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
     copies, columns = grad_MC.shape
     row_M = torch.where(index_M < 0, num_tokens, index_M)  # holes add up in a last row that is cut off
-    dtype = compute_dtype(grad)
+    dtype = _sum_dtype(grad)
     if grad.dtype == dtype:
         out_TC = _segment_sum(grad_MC, row_M, num_tokens + 1)[:num_tokens]
     else:
@@ -165,6 +165,11 @@ def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> T
             part_MC = grad_MC[:, start : start + step].to(dtype)
             out_TC[:, start : start + step] = _segment_sum(part_MC, row_M, num_tokens + 1)[:num_tokens]
     return out_TC.view(num_tokens, *grad.shape[1:])
+
+
+def _sum_dtype(grad: Tensor) -> torch.dtype:
+    """What copies are added in: float32 for half precision, else the gradient's own dtype (complex ones too)."""
+    return torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
 
 
 def _segment_sum(values_MC: Tensor, row_M: Tensor, rows: int) -> Tensor:
@@ -227,7 +232,7 @@ def _gather_entries_backward(
     entry, order = entry.sort(stable=True)
     is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0
     rank = is_first.cumsum(0) - 1  # of the entry among the distinct ones
-    values_M1 = grad_MN.flatten()[order, None].to(compute_dtype(grad_MN))
+    values_M1 = grad_MN.flatten()[order, None].to(_sum_dtype(grad_MN))
     sums = _segment_sum(values_M1, rank, rank.shape[0]).flatten()
     out = grad_MN.new_zeros(size + 1)  # holes write to a last entry that is cut off
     out[entry] = sums[rank].to(out.dtype)  # copies of one entry all write the same sum

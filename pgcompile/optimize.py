@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, overload
 
@@ -73,9 +74,20 @@ def explain(
     def collect(report: GraphReport | BatchReport) -> None:
         (explanation.graphs if isinstance(report, GraphReport) else explanation.batches).append(report)  # type: ignore[arg-type]
 
-    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
     compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         compiled(*args, **kwargs)
     return explanation
+
+
+def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A caller of `fn` with a code object of its own: Dynamo counts recompilations by code object, and `explain`
+    must not use up those of the user's function."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    code = call.__code__.replace(co_name="explained")
+    return types.FunctionType(code, call.__globals__, closure=call.__closure__)

@@ -4,7 +4,7 @@ A case says where its function sits in a small language model, what may happen t
 that a refusal must name. Whatever happens, values and gradients are the original's: that is test_refusals.py.
 
     between(...)     op(m, x, ids, mask, *extra) -> x       on the stream, between two attentions
-    attention(...)   op(m, q, k, v, ids, mask, *extra)      instead of the second attention; all [N, H, S, D]
+    attention(...)   op(m, q, k, v, ids, mask, *extra)      instead of the first attention; all [N, H, S, D]
     hidden(...)      op(m, x, ids, mask, *extra)            on the stream after the last attention, before the head
     logits(...)      op(m, logits, ids, mask, *extra)       after the head
 """
@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
 
 class Stream(nn.Module):
-    """Embedding, attention, [between], attention or [attention], [hidden], head, [logits]. No positions: the causal
+    """Embedding, attention or [attention], [between], attention, [hidden], head, [logits]. No positions: the causal
     mask alone orders the tokens, so that as much as possible is shared."""
 
     def __init__(self, case: Case):
@@ -149,17 +149,14 @@ class Stream(nn.Module):
             allowed = (index[:, None] >= index[None, :]) & mask[:, None, None, :].bool()
             return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
+        def given(q, k, v):
+            return self.op(self, q, k, v, ids, mask, *extra)
+
         x = self.embed(ids)  # <--
-        x = x + self.first(self.norm(x), causal)
+        x = x + self.first(self.norm(x), given if self.place == "attention" else causal)
         if self.place == "between":
             x = self.op(self, x, ids, mask, *extra)
-        attend = causal
-        if self.place == "attention":
-
-            def attend(q, k, v):
-                return self.op(self, q, k, v, ids, mask, *extra)
-
-        x = x + self.second(self.norm(x), attend)
+        x = x + self.second(self.norm(x), causal)
         if self.place == "hidden":
             x = self.op(self, x, ids, mask, *extra)
         y = self.head(x)
@@ -433,20 +430,20 @@ def masked_mean(m, x, ids, mask):
     return x + (x * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)  # <--
 
 
-@between(either(*TOKENS, "trace_failed"), module=lambda: nn.LSTM(HIDDEN, HIDDEN, batch_first=True))
+@between(ANYTHING, module=lambda: nn.LSTM(HIDDEN, HIDDEN, batch_first=True))
 def lstm(m, x, ids, mask):
     return x + m.extra(x)[0]  # <--
 
 
 @between(
-    refused(*TOKENS, "trace_failed", "row_mixing"),
+    ANYTHING,  # Dynamo breaks the graph around it; what is left may pack
     module=lambda: nn.GRU(HIDDEN, HIDDEN // 2, batch_first=True, bidirectional=True),
 )
 def gru_bidirectional(m, x, ids, mask):
     return x + m.extra(x)[0]  # <--
 
 
-@between(refused(*ROWS, "trace_failed", "token_mixing"), module=lambda: nn.GRU(HIDDEN, HIDDEN))
+@between(ANYTHING, module=lambda: nn.GRU(HIDDEN, HIDDEN))
 def gru_over_rows(m, x, ids, mask):
     return x + m.extra(x)[0]  # <--
 
@@ -867,7 +864,7 @@ def noise(m, x, ids, mask):
     return x + 0.1 * torch.randn_like(x)  # <--
 
 
-@between(refused("randomness", "unknown_op", "row_mixing", "ambiguous_seed"))
+@between(either("randomness", "unknown_op", "row_mixing", "ambiguous_seed"))
 def stochastic_depth(m, x, ids, mask):
     return x * (torch.rand(x.shape[0], 1, 1) > 0.5)  # <--
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from harness import BACKEND, assert_same, compiled, differences, kept_positions, run, status_of
 from refusals import CASES, HEADS, HIDDEN
@@ -49,6 +50,7 @@ def test_the_reason_and_its_line(name):
     import pgcompile
 
     case = CASES[name]
+    torch._dynamo.reset()  # every case compiles the same forward: without it, Dynamo's recompile limit is reached
     explanation = pgcompile.explain(
         case.build(), *case.arguments(*SIZES["generic"]), options={"inner": "eager", "min_saving": 0}
     )
