@@ -2,7 +2,8 @@
 
 A mask `[N, 1, S, S]` is read as an expression of `(n, h, q, k)`: arange becomes the index itself (`Index`), a tensor
 that isn't looked into becomes an `Element` of it at affine indices, and everything between is an `Op` on those.
-Dims are followed by index; no size is ever compared to find out what a dim means.
+Dims are followed by index; no size is ever compared to find out what a dim means. Where a view merges dims, the index
+of each becomes a `Part` of the merged one, until another view splits that again.
 
 Every expression has the dtype that the original tensor had, and every cast is explicit, so that replaying an
 expression (`mask_formula.emit_column`) rounds and overflows as the original did. Constants are folded by torch itself.
@@ -59,11 +60,23 @@ OPS: dict[str, Any] = {
 FLIPPED = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
+NO_SIZES: Mapping[int, int] = {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """`index // divisor`, or `index % divisor` if `remainder`, used like the index of a dim; never negative."""
+
+    index: Affine
+    divisor: int
+    remainder: bool
+
+
 @dataclass(frozen=True)
 class Affine:
     """`offset + Σ coefficient · i_dim`; `terms` holds `(dim, coefficient)`, sorted, without zeros."""
 
-    terms: tuple[tuple[int, int], ...] = ()
+    terms: tuple[tuple[int | Part, int], ...] = ()
     offset: int = 0
 
     @classmethod
@@ -72,16 +85,13 @@ class Affine:
 
     @property
     def dims(self) -> set[int]:
-        return {dim for dim, _ in self.terms}
-
-    def coefficient(self, dim: int) -> int:
-        return dict(self.terms).get(dim, 0)
+        return set().union(*(dim.index.dims if isinstance(dim, Part) else {dim} for dim, _ in self.terms))
 
     def __add__(self, other: Affine) -> Affine:
         total = dict(self.terms)
         for dim, c in other.terms:
             total[dim] = total.get(dim, 0) + c
-        return Affine(tuple(sorted((d, c) for d, c in total.items() if c)), self.offset + other.offset)
+        return Affine(tuple(sorted(((d, c) for d, c in total.items() if c), key=str)), self.offset + other.offset)
 
     def __mul__(self, factor: int) -> Affine:
         return Affine(tuple((d, c * factor) for d, c in self.terms if factor), self.offset * factor)
@@ -89,10 +99,45 @@ class Affine:
     def __sub__(self, other: Affine) -> Affine:
         return self + other * -1
 
-    def substitute(self, mapping: Mapping[int, Affine]) -> Affine:
+    def substitute(self, mapping: Mapping[int, Affine], sizes: Mapping[int, int] = NO_SIZES) -> Affine:
+        """Every index `d` replaced by `mapping[d]`; `sizes`: what is known of the dims in there."""
         total = Affine((), self.offset)
         for dim, c in self.terms:
-            total = total + mapping[dim] * c
+            if isinstance(dim, Part):
+                value = dim.index.substitute(mapping, sizes).part(dim.divisor, dim.remainder, sizes)
+            else:
+                value = mapping[dim]
+            total = total + value * c
+        return total._rejoined()
+
+    def _rejoined(self) -> Affine:
+        """`x` for every `B · (x // B) + x % B`."""
+        for dim, c in self.terms:
+            if isinstance(dim, Part) and dim.remainder:
+                quotient = Part(dim.index, dim.divisor, False)
+                if (quotient, c * dim.divisor) in self.terms:
+                    halves = Affine(((dim, 1), (quotient, dim.divisor)))
+                    return (self + (dim.index - halves) * c)._rejoined()
+        return self
+
+    def part(self, divisor: int, remainder: bool, sizes: Mapping[int, int]) -> Affine:
+        """`self // divisor` or `self % divisor`: as `(B·a + b) // B = a` if `b` is known to be less than `B`."""
+        terms = tuple((dim, c // divisor) for dim, c in self.terms if c // divisor)
+        whole = Affine(terms, self.offset // divisor)
+        rest = self - whole * divisor  # neither the offset nor a coefficient is negative
+        if rest._last(sizes) < divisor:
+            return rest if remainder else whole
+        part = Affine(((Part(rest, divisor, remainder), 1),))
+        return part if remainder else whole + part
+
+    def _last(self, sizes: Mapping[int, int]) -> float:
+        """An upper bound, for coefficients that aren't negative."""
+        total: float = self.offset
+        for dim, c in self.terms:
+            if isinstance(dim, Part):
+                total += c * (dim.divisor - 1 if dim.remainder else dim.index._last(sizes) / dim.divisor)
+            else:
+                total += c * (sizes.get(dim, math.inf) - 1)
         return total
 
 
@@ -154,9 +199,9 @@ def is_exact(affine: Affine, dtype: torch.dtype) -> bool:
 
 
 def affine_of(expr: Expr) -> Affine | None:
-    """The expression as an affine function of indices, where it is one."""
+    """The expression as an affine function of indices, where it is one. Nothing is computed with a `Part`."""
     if isinstance(expr, Index):
-        return expr.index
+        return None if any(isinstance(dim, Part) for dim, _ in expr.index.terms) else expr.index
     if isinstance(expr, Const) and math.isfinite(expr.value) and expr.value == int(expr.value):
         return Affine((), int(expr.value))
     return None
@@ -183,13 +228,13 @@ def elements(expr: Expr) -> Iterator[Element]:
         yield from elements(arg)
 
 
-def substitute(expr: Expr, mapping: Mapping[int, Affine]) -> Expr:
-    """The expression with every index `d` replaced by `mapping[d]`."""
+def substitute(expr: Expr, mapping: Mapping[int, Affine], sizes: Mapping[int, int] = NO_SIZES) -> Expr:
+    """The expression with every index `d` replaced by `mapping[d]`; `sizes`: what is known of the dims in there."""
     if isinstance(expr, Index):
-        return index(expr.index.substitute(mapping), expr.dtype)
+        return index(expr.index.substitute(mapping, sizes), expr.dtype)
     if isinstance(expr, Element):
-        return Element(expr.node, tuple(i.substitute(mapping) for i in expr.indices), expr.dtype)
-    return rebuild(expr, lambda arg: substitute(arg, mapping))
+        return Element(expr.node, tuple(i.substitute(mapping, sizes) for i in expr.indices), expr.dtype)
+    return rebuild(expr, lambda arg: substitute(arg, mapping, sizes))
 
 
 def replace(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:

@@ -29,6 +29,7 @@ from .mask_expr import (
     Expr,
     Index,
     Op,
+    Part,
     affine_of,
     branches,
     conjuncts,
@@ -137,17 +138,21 @@ def require_causal(formula: MaskFormula | Unsupported, node: fx.Node) -> MaskFor
     return Unsupported("not_causal", node, found, "packing needs causal attention")
 
 
-def read_allowed(node: fx.Node, negated: bool = False, *, alone: bool = True) -> MaskFormula | Unsupported:
+def read_allowed(
+    node: fx.Node, negated: bool = False, *, alone: bool = True, merged_heads: int | None = None
+) -> MaskFormula | Unsupported:
     """Read a boolean mask.
 
     Args:
-        node: the mask, rank 2 to 4, aligned right to `[N, H, Q, K]`; true where a query may attend.
+        node: the mask, true where a query may attend. Of rank 2 to 4, it is aligned right to `[N, H, Q, K]`; of a
+            higher rank, every dim between the first and the last two is one of heads.
         negated: true where it may *not*, as for `masked_fill`.
         alone: no other mask applies, so that this one has to be causal. Otherwise `conjoin` it with the others
             and call `require_causal`.
+        merged_heads: for scores `[N·H, Q, K]` instead, rows outermost: the number of heads, H.
     """
     reader = MaskReader(node.graph)
-    read = _read_mask(reader, node)
+    read = _read_mask(reader, node, merged_heads)
     if isinstance(read, Unsupported):
         return read
     if read.dtype != torch.bool:
@@ -156,14 +161,16 @@ def read_allowed(node: fx.Node, negated: bool = False, *, alone: bool = True) ->
     return _formula(reader, negate(read) if negated else read, data, alone)
 
 
-def read_additive(node: fx.Node, *, alone: bool = True) -> MaskFormula | Unsupported:
+def read_additive(
+    node: fx.Node, *, alone: bool = True, merged_heads: int | None = None
+) -> MaskFormula | Unsupported:
     """Read a float mask that is added to the scores: 0 where allowed, -inf or its dtype's `finfo.min` where not.
 
     Args:
-        node, alone: as for `read_allowed`.
+        node, alone, merged_heads: as for `read_allowed`.
     """
     reader = MaskReader(node.graph)
-    read = _read_mask(reader, node)
+    read = _read_mask(reader, node, merged_heads)
     if isinstance(read, Unsupported):
         return read
     if not read.dtype.is_floating_point:
@@ -179,7 +186,8 @@ def read_additive(node: fx.Node, *, alone: bool = True) -> MaskFormula | Unsuppo
     if biases:
         # numbers per key can only be checked as data; numbers made from positions are a bias (ALiBi)
         is_data = all(any(elements(v)) and (Q not in dims(v) or _reads_pairs(v)) for v in biases)
-        return data if is_data else _unclear(node, "numbers that depend on query and key are added to the scores")
+        found = "numbers that depend on query and key are added to the scores"
+        return _as_data(data) if is_data else _unclear(node, found)
     minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
     return _formula(reader, _unmasked(read), data, alone, minus_inf)
 
@@ -191,18 +199,23 @@ def _unmasked(expr: Expr) -> Expr:
     return where(expr.args[0], *map(_unmasked, expr.args[1:]))
 
 
-def _read_mask(reader: MaskReader, node: fx.Node) -> Expr | Unsupported:
-    """The element of a mask at `(n, h, q, k)`; where a dim has size one, the mask doesn't depend on its index."""
-    fake = node.meta["val"]
-    if not 2 <= fake.dim() <= 4:
-        return _unclear(node, f"a mask of rank {fake.dim()}")
-    expr = reader.read_final(node).expr
-    shift = 4 - fake.dim()
-    ones = {d: is_one(size) for d, size in enumerate(fake.shape)}
-    expr = substitute(expr, {d: Affine() if one else Affine.dim(d + shift) for d, one in ones.items()})
+def _read_mask(reader: MaskReader, node: fx.Node, merged_heads: int | None) -> Expr | Unsupported:
+    """The element of a mask at `(n, q, k)`; where a dim has size one, the mask doesn't depend on its index."""
+    shape = node.meta["val"].shape
+    rank = len(shape)
+    if rank < 2 or (merged_heads is not None and rank > 3):
+        return _unclear(node, f"a mask of rank {rank}")
+    # indices from 4 on: the other dims of grouped heads
+    places = list(map(Affine.dim, [N, H, *range(4, rank), Q, K][-rank:]))
+    sizes: dict[int, int] = {}
+    if merged_heads is not None and rank == 3:
+        places[0] = Affine.dim(N) * merged_heads + (Affine() if is_one(merged_heads) else Affine.dim(H))
+        sizes = {H: merged_heads}
+    mapping = {d: Affine() if is_one(size) else places[d] for d, size in enumerate(shape)}
+    expr = substitute(reader.read_final(node).expr, mapping, sizes)
     if reader.stale is not None:
         return _unclear(node, f"`{reader.stale.name}` is changed in place while the mask is built from it")
-    return _unclear(node, "the mask differs between heads") if H in dims(expr) else expr
+    return expr if dims(expr) <= {N, Q, K} else _unclear(node, "the mask differs between heads")
 
 
 def _formula(
@@ -212,13 +225,19 @@ def _formula(
     node = data.data
     terms = conjuncts(allowed)
     if any(_reads_pairs(term) for term in terms):
-        return data
+        return _as_data(data)
     atoms = [_atom(term, node) for term in _by_index(reader, terms)]
     for atom in atoms:
         if isinstance(atom, Unsupported):
             return atom
     formula = conjoin(MaskFormula(minus_inf=minus_inf), *atoms)
     return require_causal(formula, node) if alone else formula
+
+
+def _as_data(data: MaskFormula) -> MaskFormula | Unsupported:
+    """Only masks that broadcast to `[N, H, Q, K]` can be checked at each call."""
+    rank = data.data.meta["val"].dim() if data.data is not None else 0
+    return data if rank <= 4 else _unclear(data.data, f"a mask of rank {rank} that is data")
 
 
 def _reads_pairs(expr: Expr) -> bool:
@@ -308,12 +327,19 @@ def _outline(expr: Expr) -> str:
     if isinstance(expr, Const):
         return str(expr.value)
     if isinstance(expr, Index):
-        terms = [f"{c if c != 1 else ''}{names.get(d, d)}" for d, c in expr.index.terms]
+        terms = [
+            f"{c if c != 1 else ''}{_outline_part(d) if isinstance(d, Part) else names.get(d, d)}"
+            for d, c in expr.index.terms
+        ]
         return " + ".join([*terms, *([str(expr.index.offset)] if expr.index.offset else [])])
     if isinstance(expr, Element):
         at = ", ".join(_outline(index(i, torch.int64)) for i in expr.indices)
         return f"{expr.node.meta.get('label', expr.node.name)}[{at}]"
     return f"{expr.name}({', '.join(map(_outline, expr.args))})"
+
+
+def _outline_part(part: Part) -> str:
+    return f"({_outline(index(part.index, torch.int64))} {'%' if part.remainder else '//'} {part.divisor})"
 
 
 def _unclear(node: fx.Node | None, explanation: str, hint: str = "") -> Unsupported:
@@ -369,11 +395,18 @@ class _Emitter:
         """An affine function of `(n, s)` as int64."""
         total = self.expression(Const(affine.offset, torch.int64)) if affine.offset or not affine.terms else None
         for dim, factor in affine.terms:
-            count = self.call(aten.arange.default, self.sizes[dim], device=self.fake.device)
-            term = self.call(aten.unsqueeze.default, count, 1 - dim)
+            term = self._dim(dim)
             term = term if factor == 1 else self.call(aten.mul.Tensor, term, factor)
             total = term if total is None else self.call(aten.add.Tensor, total, term)
         return total
+
+    def _dim(self, dim: int | Part) -> fx.Node:
+        """One of `(n, s)`, or a part of it, as int64."""
+        if isinstance(dim, Part):
+            divide = aten.remainder.Scalar if dim.remainder else aten.floor_divide.Scalar
+            return self.call(divide, self._position(dim.index), dim.divisor)
+        count = self.call(aten.arange.default, self.sizes[dim], device=self.fake.device)
+        return self.call(aten.unsqueeze.default, count, 1 - dim)
 
     def _element(self, expr: Element) -> fx.Node:
         shape = expr.node.meta["val"].shape

@@ -94,7 +94,10 @@ class MaskReader:
     def _unit_steps(self, node: fx.Node) -> Expr | None:
         """The segment index of positions that always rise by one is zero."""
         base = self.unit_step_base(node)
-        return constant(0, torch.int64) if isinstance(base, Index) and base.index.coefficient(1) == 1 else None
+        if not isinstance(base, Index):
+            return None
+        following = base.index.substitute({0: Affine.dim(0), 1: Affine.dim(1) + Affine((), 1)})
+        return constant(0, torch.int64) if following - base.index == Affine((), 1) else None
 
     def unit_step_base(self, node: fx.Node) -> Expr | None:
         """`p(n, s)`, where `node` is `(diff(p, prepend=p[:, :1] - 1) != 1).cumsum(-1)` of an integer `p`.

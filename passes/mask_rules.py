@@ -14,7 +14,20 @@ from typing import Any
 import torch
 
 from .graph import same_size
-from .mask_expr import Affine, Const, Expr, Index, affine_of, apply, cast, constant, index, is_exact, substitute, where
+from .mask_expr import (
+    Affine,
+    Const,
+    Expr,
+    Index,
+    affine_of,
+    apply,
+    cast,
+    constant,
+    index,
+    is_exact,
+    substitute,
+    where,
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +66,64 @@ def _unsqueeze(out, x, dim):
 
 
 def _view(out, x, *_sizes, **_):
-    """A view that only adds or drops dims of size one: the others keep their row-major order."""
+    """Dims in row-major order, apart from those of size one: from the right, as few as possible of the argument are
+    paired with as many elements of the result, merged to one position and split again."""
+    if out.dtype != x.fake.dtype:  # `view.dtype` reads the bits as another type
+        return None
     old = [d for d, size in enumerate(x.shape) if not is_one(size)]
     new = [d for d, size in enumerate(out.shape) if not is_one(size)]
-    if len(old) != len(new) or not all(same_size(x.shape[a], out.shape[b]) for a, b in zip(old, new, strict=True)):
-        return None
+    sizes = known(out.shape)
     mapping = {d: Affine() for d in range(len(x.shape))}
-    return substitute(x.expr, mapping | {a: Affine.dim(b) for a, b in zip(old, new, strict=True)})
+    while old and new:
+        merged = _last_dims(x.shape, old, out.shape[new[-1]])
+        split = new[-1:] if merged else _last_dims(out.shape, new, x.shape[old[-1]])
+        merged, split = (merged or old[-1:], split) if split else (old, new)
+        inner = [x.shape[d] for d in merged[1:]] + [out.shape[d] for d in split[1:]]
+        if not all(isinstance(size, int) and size > 0 for size in inner):
+            return None
+        position = Affine.dim(split[0])
+        for d in split[1:]:
+            position = position * out.shape[d] + Affine.dim(d)
+        for d in reversed(merged[1:]):
+            mapping[d] = position.part(x.shape[d], True, sizes)
+            position = position.part(x.shape[d], False, sizes)
+        mapping[merged[0]] = position
+        old, new = old[: -len(merged)], new[: -len(split)]
+    return None if old or new else substitute(x.expr, mapping, sizes)
+
+
+def _last_dims(shape: Sequence[Any], dims: list[int], count: Any) -> list[int]:
+    """The last of `dims` that hold `count` elements together; none if there are none."""
+    total = 1
+    for i in reversed(range(len(dims))):
+        total = total * shape[dims[i]]
+        if same_size(total, count):
+            return dims[i:]
+    return []
+
+
+def known(shape: Sequence[Any]) -> dict[int, int]:
+    return {d: size for d, size in enumerate(shape) if isinstance(size, int)}
+
+
+def _repeat(out, x, repeats):
+    """Copies one after another: of each dim, the index in its copy."""
+    shift, sizes = out.dim() - len(x.shape), known(out.shape)
+    mapping = {d: Affine() if is_one(size) else Affine.dim(d + shift) for d, size in enumerate(x.shape)}
+    for d, size in enumerate(x.shape):
+        if mapping[d].terms and not same_size(repeats[d + shift], 1):
+            if not isinstance(size, int) or size == 0:
+                return None
+            mapping[d] = mapping[d].part(size, True, sizes)
+    return substitute(x.expr, mapping, sizes)
+
+
+def _repeat_interleave(out, x, repeats=None, dim=None, **_):
+    if not isinstance(repeats, int) or repeats == 0 or not isinstance(dim, int):
+        return None
+    mapping, sizes = {d: Affine.dim(d) for d in range(out.dim())}, known(out.shape)
+    dim %= out.dim()
+    return substitute(x.expr, mapping | {dim: mapping[dim].part(repeats, False, sizes)}, sizes)
 
 
 def _permute(out, x, dims):
@@ -239,7 +303,10 @@ def _arange(out, *bounds, **_):
 RULES: dict[str, Callable[..., Expr | None]] = {
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "to", "_to_copy", "positive"), _identity),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "squeeze"), _view),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_as", "reshape_as"), _view),
+    **dict.fromkeys(("flatten", "unflatten", "squeeze"), _view),
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
     "unsqueeze": _unsqueeze,
     "permute": _permute,
     "transpose": _transpose,

@@ -84,7 +84,8 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     if n == 0 or s == 0:
         raise DenseCall("empty_batch", f"a batch of {n} rows and {s} positions has no token")
     device = results[first_index].device
-    data_valid = [_check_data_mask(results[i], additive, negated, n, s) for i, additive, negated in graphs.data_masks]
+    checked = [_check_data_mask(results[i], additive, negated, n, s) for i, additive, negated in graphs.data_masks]
+    data_valid = [valid for valid, _ in checked]
     valid = [
         torch.stack([data_valid[-1 - i] if i < 0 else results[i].bool().expand(n, s) for i in group]).all(0)
         for group in graphs.key_valid
@@ -102,6 +103,8 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     for column in wide:
         _verify_wide(column, plan)
     _refuse_fully_masked(graphs, valid, plan)
+    if any(bool((wrong & (plan.class_of >= 0)).any()) for _, wrong in checked):
+        raise DenseCall("batch_mask", "the mask that was given is not causal with padding")
     return plan
 
 
@@ -258,13 +261,11 @@ def _refuse_fully_masked(graphs: PackedGraphs, valid: list[Tensor], plan: Plan) 
     """A kept token that is masked from everything: softmax would attend to all keys, later ones included."""
     kept = plan.class_of >= 0
     for keys, match in zip(valid, (m for m, g in zip(graphs.matches, graphs.key_valid, strict=True) if g), strict=True):
-        if match.masked_is_zero and match.formula.minus_inf and match.formula.data is None:
+        if match.masked_is_zero and match.formula.minus_inf:
             continue  # zero in the original and here
         hole = kept & ~keys
         if not bool(hole.any()):
             continue
-        if match.formula.data is not None:
-            raise DenseCall("batch_mask", "the mask that was given masks tokens that aren't leading or trailing padding")
         seen = (keys & kept).cumsum(1)
         window = match.formula.window
         if window is not None:
@@ -274,25 +275,28 @@ def _refuse_fully_masked(graphs: PackedGraphs, valid: list[Tensor], plan: Plan) 
             raise DenseCall("fully_masked_query", "a token that isn't dropped may attend to nothing")
 
 
-def _check_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int) -> Tensor:
-    """Which keys a mask `[N, H, S, S]` that is data allows; it must be causal ∧ padding for every valid query.
+def _check_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int) -> tuple[Tensor, Tensor]:
+    """Read a mask `[N, H, S, S]` that is data as causal ∧ padding.
+
+    Returns:
+        Which keys it allows, bool [N, S]; and which queries see something else than causal ∧ padding, bool [N, S]:
+        none of those may be kept.
 
     Raises:
-        DenseCall: `batch_mask`, if it is anything else.
+        DenseCall: `batch_mask`, if heads differ or it adds other numbers than 0 and minus infinity.
     """
     if additive:
-        lowest = torch.finfo(mask.dtype).min
-        if not bool(((mask == 0) | (mask <= lowest)).all()):
+        if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()):
             raise DenseCall("batch_mask", "the mask adds numbers other than 0 and minus infinity")
         allowed = mask == 0
     else:
         allowed = ~mask.bool() if negated else mask.bool()
-    allowed = allowed.expand(*[1] * (4 - allowed.dim()), *allowed.shape) if allowed.dim() < 4 else allowed
+    allowed = allowed[(None,) * (4 - allowed.dim())]
     if allowed.shape[-2:] != (s, s) or allowed.shape[0] not in (1, n):
         raise DenseCall("batch_mask", f"the mask has the shape {list(mask.shape)} for {n} rows of {s} positions")
+    if not bool((allowed == allowed[:, :1]).all()):
+        raise DenseCall("batch_mask", "the mask that was given differs between heads")
+    allowed = allowed[:, 0]
     valid = allowed.diagonal(dim1=-2, dim2=-1)
-    causal = torch.ones(s, s, dtype=torch.bool, device=mask.device).tril()
-    expected = causal & valid[..., None, :]
-    if not bool(((allowed == expected) | ~valid[..., :, None]).all()) or not bool((valid == valid[:, :1]).all()):
-        raise DenseCall("batch_mask", "the mask that was given is not causal with padding")
-    return valid[:, 0].expand(n, s)
+    expected = torch.ones(s, s, dtype=torch.bool, device=mask.device).tril() & valid[:, None, :]
+    return valid.expand(n, s), (allowed != expected).any(-1).expand(n, s)

@@ -85,10 +85,15 @@ class Case:
     @property
     def marked_lines(self) -> set[int]:
         """The lines of this file that a refusal may name; the whole function where none is marked."""
-        function = Stream.forward if self.embedding else self.op
-        source, first = inspect.getsourcelines(function)
-        marked = {first + offset for offset, line in enumerate(source) if "# <--" in line}
-        return marked or set(range(first, first + len(source)))
+        functions = [Stream.forward] if self.embedding else [self.op]
+        if self.place == "attention":
+            functions += [causal_mask, scores_of]
+        marked, spanned = set(), set()
+        for function in functions:
+            source, first = inspect.getsourcelines(function)
+            marked |= {first + offset for offset, line in enumerate(source) if "# <--" in line}
+            spanned |= set(range(first, first + len(source)))
+        return marked or spanned
 
 
 CASES: dict[str, Case] = {}
@@ -294,12 +299,12 @@ def layer_norm_over_positions(m, x, ids, mask):
     return x + F.layer_norm(x, x.shape[1:])  # <--
 
 
-@between(refused(*TOKENS))
+@between(refused(*BOTH))
 def group_norm(m, x, ids, mask):
     return x + F.group_norm(x.transpose(1, 2), 2).transpose(1, 2)  # <--
 
 
-@between(refused(*TOKENS))
+@between(refused(*BOTH))
 def instance_norm(m, x, ids, mask):
     return x + F.instance_norm(x.transpose(1, 2)).transpose(1, 2)  # <--
 
@@ -354,12 +359,12 @@ def middle_token(m, x, ids, mask):
     return x + x[:, x.shape[1] // 2, None]  # <--
 
 
-@between(refused(*ROWS))
+@between(refused(*BOTH))
 def first_row(m, x, ids, mask):
     return x + x[:1]  # <--
 
 
-@between(refused(*ROWS))
+@between(refused(*BOTH))
 def last_row(m, x, ids, mask):
     return x + x.select(0, -1)  # <--
 
@@ -541,7 +546,7 @@ def index_add_by_id(m, x, ids, mask):
     return x + sums[ids]  # <--
 
 
-@between(refused(*BOTH, "trace_failed"))
+@between(refused(*BOTH, "trace_failed", "no_token_stream"))
 def select_by_data(m, x, ids, mask):
     return x + x[ids > 6].sum(0)  # <--
 
@@ -593,13 +598,13 @@ def difference_of_neighbours(m, x, ids, mask):
 
 @between(refused(*TOKENS))
 def loop_over_positions_backwards(m, x, ids, mask):
-    columns = list(x.unbind(1))
+    columns = list(x.unbind(1))  # <--
     for s in range(len(columns) - 2, -1, -1):
         columns[s] = columns[s] + 0.5 * columns[s + 1]  # <--
     return torch.stack(columns, 1)  # <--
 
 
-@between(refused(*ROWS))
+@between(refused(*BOTH))
 def loop_over_rows_carrying(m, x, ids, mask):
     rows, carry = [], 0.0
     for row in x:  # <--
@@ -1346,7 +1351,7 @@ def bias_by_distance(m, q, k, v, ids, mask):
     return scores.masked_fill(distance > 0, float("-inf")).softmax(-1) @ v
 
 
-@attention(either(*BOTH, *NOT_CAUSAL))
+@attention(either(*BOTH, *NOT_CAUSAL, "finite_mask"))
 def bias_by_absolute_indices(m, q, k, v, ids, mask):
     S = q.shape[-2]
     scores = scores_of(q, k) + m.table[:S, :S]

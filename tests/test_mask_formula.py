@@ -5,16 +5,27 @@ inputs (of another shape, where the trace is symbolic) and compares every `(n, q
 """
 
 import functools
+import itertools
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
-from pgcompile.passes.graph import to_aten
-from pgcompile.passes.mask_expr import OPS, Const, Element, Index
-from pgcompile.passes.mask_formula import CAUSAL, conjoin, emit_column, read_additive, read_allowed, require_causal
-from pgcompile.passes.reasons import Unsupported
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from pgcompile.passes.graph import to_aten
+from pgcompile.passes.mask_expr import OPS, Affine, Const, Element, Index, Part
+from pgcompile.passes.mask_formula import (
+    CAUSAL,
+    conjoin,
+    emit_column,
+    read_additive,
+    read_allowed,
+    require_causal,
+)
+from pgcompile.passes.mask_reader import MaskReader
+from pgcompile.passes.reasons import Unsupported
 
 MIN = torch.finfo(torch.float32).min
 INF = float("inf")
@@ -40,9 +51,16 @@ class Recorder(fx.Interpreter):
         return self.values
 
 
+def index_at(dim, at):
+    if not isinstance(dim, Part):
+        return at[dim]
+    index = dim.index.offset + sum(c * index_at(d, at) for d, c in dim.index.terms)
+    return index % dim.divisor if dim.remainder else index // dim.divisor
+
+
 def value_at(expr, at, values):
     """An expression at the indices `at`, as a tensor without dims: plain enumeration."""
-    place = lambda affine: affine.offset + sum(c * at[d] for d, c in affine.terms)  # noqa: E731
+    place = lambda affine: affine.offset + sum(c * index_at(d, at) for d, c in affine.terms)  # noqa: E731
     if isinstance(expr, Const):
         return torch.tensor(expr.value, dtype=expr.dtype)
     if isinstance(expr, Index):
@@ -104,22 +122,29 @@ def read(build, mode="fake", inputs=None, **options):
     return reader(mask, **options)
 
 
-def check(build, words, mode="fake", inputs=tokens, negated=False, **options):
+def check(build, words, mode="fake", inputs=tokens, negated=False, shapes=((3, 7), (5, 4)), **options):
     """The formula has these words and is the mask; returns it."""
-    gm = trace(build, mode, inputs())
+    gm = trace(build, mode, inputs(*shapes[0]))
     mask = output(gm)
     reader = functools.partial(read_allowed, negated=negated)
     formula = (reader if mask.meta["val"].dtype == torch.bool else read_additive)(mask, **options)
     assert not isinstance(formula, Unsupported), formula
     assert formula.describe() == words
-    shapes = [(3, 7)] if mode == "fake" else [(3, 7), (5, 4)]
-    for seed, (rows, length) in enumerate(shapes):
+    for seed, (rows, length) in enumerate(shapes[:1] if mode == "fake" else shapes):
         given = inputs(rows, length, seed + 1)
         values = Recorder(gm).record(*given)
         expected = is_allowed(build(*given)) != negated
-        assert torch.equal(evaluate(formula, values, rows, length), expected.expand(rows, 1, length, length))
+        assert_same(evaluate(formula, values, rows, length), expected, "merged_heads" in options)
         check_emitted(gm, formula, given, rows, length)
     return formula
+
+
+def assert_same(formula, mask, merged_heads=False):
+    """A formula `[N, 1, S, S]` and a mask that broadcasts to all rows and heads."""
+    if merged_heads and mask.dim() == 3 and mask.shape[0] > 1:
+        mask = mask.unflatten(0, (formula.shape[0], -1))
+    formula = formula.view(formula.shape[0], *[1] * (max(mask.dim(), 4) - 3), *formula.shape[2:])
+    assert torch.equal(*torch.broadcast_tensors(formula, mask))
 
 
 def check_emitted(gm, formula, given, rows, length):
@@ -396,6 +421,238 @@ def test_sizes_have_no_meaning(rows, length):
         values = Recorder(gm).record(*given)
         assert torch.equal(evaluate(found, values, rows, length), transposed(*given))
         check_emitted(gm, found, given, rows, length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# views that merge and split dims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def merged(p, heads=4):
+    """Padding as `[N·H, 1, S]`, as nn.MultiheadAttention spells it."""
+    rows, length = p.shape
+    return p.bool().view(rows, 1, 1, length).expand(-1, heads, -1, -1).reshape(rows * heads, 1, length)
+
+
+def split(mask, p, heads=4):
+    return mask.view(p.shape[0], heads, -1, p.shape[1])
+
+
+VIEWS = {
+    "expand": lambda p, s, x: split(causal(p)[None] & merged(p), p),
+    "one head": lambda p, s, x: split(causal(p)[None] & merged(p, 1), p, 1),
+    "repeat": lambda p, s, x: split(causal(p) & p.bool()[:, None].repeat(1, 4, 1).view(-1, 1, p.shape[1]), p),
+    "repeat_interleave": lambda p, s, x: split((causal(p) & p.bool()[:, None]).repeat_interleave(4, 0), p),
+    "repeat_interleave from the end": lambda p, s, x: (
+        causal(p) & p.bool()[:, None, None].expand(-1, 2, -1, -1).repeat_interleave(2, -3)
+    ),
+    "flatten": lambda p, s, x: (
+        (causal(p) & p.bool()[:, None, None].expand(-1, 4, -1, -1)).flatten(0, 1).unflatten(0, (-1, 4))
+    ),
+    "grouped heads": lambda p, s, x: split(
+        (causal(p) & p.bool()[:, None, None, None].expand(-1, 2, 3, -1, -1)).reshape(-1, p.shape[1], p.shape[1]), p, 6
+    ),
+    "other groups": lambda p, s, x: (
+        causal(p) & split(merged(p, 12).view(p.shape[0] * 4, 3, -1).flatten(0, 1).view(-1, 6, 1, p.shape[1]), p, 12)
+    ),
+    "chosen while merged": lambda p, s, x: (
+        causal(p) & split(split(merged(p, 8), p, 8)[:, 2:6].flatten(0, 1), p)
+    ),
+    "heads in front": lambda p, s, x: (
+        causal(p) & p.bool()[None, :, None].expand(4, -1, 1, -1).flatten(0, 1).unflatten(0, (4, -1)).transpose(0, 1)
+    ),
+    "keys from pairs": lambda p, s, x: (
+        causal(p) & torch.stack([p, p], 2).flatten(1).view(p.shape[0], -1, 2)[:, :, 1][:, None, None].bool()
+    ),
+    "rank 5": lambda p, s, x: causal(p) & p.bool()[:, None, None, None],
+    "rank 5 with heads": lambda p, s, x: causal(p) & p.bool()[:, None, None, None].expand(-1, 2, 3, -1, -1),
+}
+
+
+@both_modes
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_followed(name, mode):
+    leaf = "stack" if name == "keys from pairs" else "p_1"
+    if (name, mode) == ("heads in front", "symbolic"):  # the inner dim that was merged has no number
+        assert_refused(read(VIEWS[name], mode), UNCLEAR, "heads")
+    else:
+        check(VIEWS[name], f"causal ∧ key_padding({leaf})", mode)
+
+
+def test_parts_of_an_index_are_emitted():
+    """Every second row's and every second key's padding, for both."""
+    pairs = lambda p: p.view(-1, 2, p.shape[1] // 2, 2)[:, 0, :, 1].bool()  # noqa: E731
+    twice = lambda p: pairs(p)[:, None, :, None].expand(-1, 2, -1, 2).reshape(p.shape)  # noqa: E731
+    padding = lambda p, s, x: causal(p) & twice(p)[:, None, None]  # noqa: E731
+    check(padding, "causal ∧ key_padding(p_1)", shapes=[(4, 6)])
+    repeated = lambda p, s, x: causal(p) & p[:2, :3].bool().repeat(2, 2)[:, None, None]  # noqa: E731
+    check(repeated, "causal ∧ key_padding(p_1)", shapes=[(4, 6)])
+    chunk = lambda p: torch.arange(p.shape[1] // 3)[:, None].expand(-1, 3).flatten()  # noqa: E731
+    check(lambda p, s, x: causal(p) & (chunk(p) == chunk(p)[:, None]), "causal ∧ same_value(position)", shapes=[(2, 6)])
+
+
+def test_parts_are_simplified_by_sizes():
+    n, h, m = map(Affine.dim, (0, 1, 2))
+    row, head = m.part(4, False, {}), m.part(4, True, {})
+    assert (row * 4 + head).dims == {2} and head.part(4, True, {}) == head and head.part(8, False, {}) == Affine()
+    assert row.substitute({2: n * 4 + h}, {1: 4}) == n and head.substitute({2: n * 4 + h}, {1: 4}) == h
+    assert row.substitute({2: n * 4 + h}, {1: 5}).dims == {0, 1}
+    assert row.substitute({2: n * 4 + h}).dims == {0, 1}
+    assert row.substitute({2: m + Affine((), 8)}) == row + Affine((), 2)
+    assert head.substitute({2: Affine((), 7)}) == Affine((), 3)
+    assert (n * 2 + h * 3).substitute({0: row * 2, 1: head}).terms == (row * 4 + head * 3).terms
+    assert (n * 2 + h).substitute({0: row * 2, 1: head}) == m
+    assert (n * 8 + m).part(4, False, {}).substitute({0: n, 2: h}, {1: 8}).part(2, False, {1: 8}) == n
+
+
+MERGED = {
+    "expand": lambda p, s, x: causal(p) & merged(p),
+    "additive": lambda p, s, x: torch.where(merged(p), 0.0, -INF) + torch.where(causal(p), 0.0, -INF)[None],
+    "repeat_interleave": lambda p, s, x: (causal(p) & p.bool()[:, None]).repeat_interleave(4, 0),
+    "repeat": lambda p, s, x: causal(p) & p.bool()[:, None].repeat(1, 4, 1).view(-1, 1, p.shape[1]),
+}
+
+
+@both_modes
+@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("rows, length", [(3, 7), (4, 4), (1, 4), (1, 6)])
+def test_rows_and_heads_in_one_dim(name, rows, length, mode):
+    check(MERGED[name], "causal ∧ key_padding(p_1)", mode, shapes=[(rows, length)], merged_heads=4)
+
+
+@both_modes
+def test_masks_that_broadcast_over_rows_and_heads(mode):
+    check(lambda p, s, x: causal(p), "causal", mode, merged_heads=4)
+    check(lambda p, s, x: causal(p)[None], "causal", mode, merged_heads=4)
+    check(lambda p, s, x: causal(p) & p.bool()[:, None], "causal ∧ key_padding(p_1)", mode, merged_heads=1)
+    same = lambda p, s, x: causal(p) & (s[:, None] == s[:, :, None]).repeat_interleave(4, 0)  # noqa: E731
+    check(same, "causal ∧ same_value(s_1)", mode, merged_heads=4)
+
+
+HEADS_DIFFER = {
+    "repeat": lambda p, s, x: causal(p) & p.bool()[:, None].repeat(4, 1, 1),
+    "heads outermost": lambda p, s, x: causal(p) & p.bool()[None].expand(4, -1, -1).reshape(-1, 1, p.shape[1]),
+    "each its own": lambda p, s, x: causal(p) & torch.stack([p] * 4, 1).flatten(0, 1)[:, None].bool(),
+    "fewer heads": lambda p, s, x: causal(p) & p.bool().repeat_interleave(2, 0).repeat(2, 1)[:, None],
+    "more copies": lambda p, s, x: causal(p) & p.bool().repeat_interleave(8, 0)[: p.shape[0] * 4, None],
+    "by head": lambda p, s, x: causal(p) & (merged(p) & (torch.arange(4) > 1).repeat(p.shape[0])[:, None, None]),
+    "by position": lambda p, s, x: causal(p) & (torch.arange(p.shape[0] * 4) > 3)[:, None, None],
+}
+
+
+@both_modes
+@pytest.mark.parametrize("name", HEADS_DIFFER)
+@pytest.mark.parametrize("rows", [3, 4])
+def test_merged_masks_that_differ_between_heads_are_refused(name, rows, mode):
+    build = HEADS_DIFFER[name]
+    assert_refused(read(build, mode, tokens(rows), merged_heads=4), UNCLEAR, "heads")
+    assert_refused(read(lambda p, s, x: split(build(p, s, x), p), mode, tokens(rows)), UNCLEAR, "heads")
+
+
+@both_modes
+def test_grouped_heads_that_differ_are_refused(mode):
+    group, member = (lambda: torch.arange(3)[:, None, None, None]), (lambda: torch.arange(3)[:, None, None])
+    by = lambda condition: lambda p, s, x: causal(p) & p.bool()[:, None, None, None] & condition()  # noqa: E731
+    for condition in (lambda: group() > 1, lambda: member() > 1, lambda: group() <= member()):
+        assert_refused(read(by(condition), mode), UNCLEAR, "heads")
+    assert_refused(read(lambda p, s, x: causal(p)[None, None], mode, merged_heads=2), UNCLEAR, "rank 4")
+
+
+def test_data_of_rank_5_is_refused():
+    assert_refused(read(lambda b, m, p: m[:, None], inputs=masks()), UNCLEAR, "rank 5")
+    assert_refused(read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()), UNCLEAR, "rank 5")
+
+
+def test_bits_read_as_another_type_are_values():
+    view = lambda p, s, x: causal(p) & (p.view(torch.float64) != 0)[:, None, None]  # noqa: E731
+    check(view, "causal ∧ key_padding(view)")
+
+
+def test_merged_positions_are_no_steps_of_one():
+    """`s + s // 2` has jumps."""
+    position = lambda x: positions_of(x) + torch.arange(3)[:, None].expand(-1, 2).flatten()  # noqa: E731
+    build = lambda x: causal(x) & within(segments_of(position(x)[None].expand(x.shape[0], -1)))  # noqa: E731
+    check(build, "causal ∧ same_value(cumsum)", inputs=packed_positions, shapes=[(3, 6)])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_views_are_followed(seed):
+    """Every element, through five views of one tensor."""
+    random = Random(seed)
+
+    def view(x):
+        kind, dim = random.randrange(6), random.randrange(x.dim())
+        if kind == 0:
+            return x.permute(random.sample(range(x.dim()), x.dim()))
+        if kind == 1 and x.numel() < 200:
+            return x.unsqueeze(dim).expand(*x.shape[:dim], 2, *x.shape[dim:])
+        if kind == 2 and x.shape[dim] > 3:
+            return x[(slice(None),) * dim + (slice(1, x.shape[dim] - 1),)]
+        if kind == 3 and x.numel() < 200:
+            return x.repeat([random.choice((1, 2)) for _ in x.shape])
+        if kind == 4 and x.numel() < 200:
+            return x.repeat_interleave(2, dim)
+        rest, sizes = x.numel(), []
+        while rest > 1 and len(sizes) < 3:
+            sizes.append(random.choice([d for d in range(1, rest + 1) if rest % d == 0]))
+            rest //= sizes[-1]
+        return x.reshape(*sizes, rest)
+
+    def build(x):
+        for _ in range(5):
+            x = view(x)
+        return x
+
+    gm = trace(build, inputs=(torch.arange(24).view(3, 4, 2),))
+    values = Recorder(gm).record(torch.arange(24).view(3, 4, 2))
+    result = values[output(gm)]
+    expr = MaskReader(gm.graph).read(output(gm)).expr
+    for at in itertools.product(*map(range, result.shape)):
+        assert value_at(expr, at, values) == result[at]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "heads, dynamic, shapes",
+    [
+        (4, False, [(3, 7)]),
+        (4, False, [(4, 4), (1, 4), (1, 6)]),
+        (1, False, [(3, 7), (1, 5)]),
+        (4, True, [(3, 7), (5, 9)]),
+        (1, True, [(3, 7)]),
+    ],
+)
+def test_multihead_attention(weights, batch_first, heads, dynamic, shapes):
+    attention = torch.nn.MultiheadAttention(16, heads, batch_first=batch_first)
+    places = {torch.ops.aten.scaled_dot_product_attention.default: 3, torch.ops.aten.baddbmm.default: 0}
+    found = []
+
+    def module(x, padding):
+        future = torch.ones(padding.shape[1], padding.shape[1], dtype=torch.bool).triu(1)
+        given = dict(attn_mask=future, need_weights=weights)
+        return attention(x, x, x, key_padding_mask=padding == 0, **given)[0] + attention(x, x, x, **given)[0]
+
+    def backend(gm, _):
+        traced = to_aten(gm)
+        both = [n.args[places[n.target]] for n in traced.graph.nodes if n.target in places]
+
+        def run(*args):
+            found.append((both, Recorder(traced).record(*args)))
+            return gm(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=backend, dynamic=dynamic)
+    for n, s in shapes:
+        compiled(torch.randn(*((n, s) if batch_first else (s, n)), 16), tokens(n, s)[0])
+    for (both, values), (n, s) in zip(found, shapes, strict=True):
+        for mask, words in zip(both, ("causal ∧ key_padding(l_padding_)", "causal"), strict=True):
+            formula = read_additive(mask, merged_heads=heads if weights else None)
+            assert not isinstance(formula, Unsupported), formula
+            assert formula.describe() == words and formula.minus_inf
+            assert_same(evaluate(formula, values, n, s), is_allowed(values[mask]), weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
