@@ -51,7 +51,7 @@ class Analysis:
         columns: prologue nodes that enter the stream, with the dims they are packed to: `(node, dims)`, in order.
         whole: the selection of all tokens; its sizes are N and S.
         reasons: why nodes that a mixer depends on could not be packed (the roots, not what follows from them).
-        table_nodes: nodes to be read as tables by position (see `as_table`).
+        roots: the same, had every node to be packed: why something late isn't.
     """
 
     graph: fx.Graph
@@ -60,6 +60,7 @@ class Analysis:
     columns: dict[tuple[fx.Node, tuple[Dim, ...]], None] = field(default_factory=dict)
     whole: Selection | None = None
     reasons: list[Unsupported] = field(default_factory=list)
+    roots: list[Unsupported] = field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
@@ -75,7 +76,7 @@ class Analysis:
         """Why late values aren't packed: the roots."""
         roots = {v.reason.node: v.reason for v in self.values.values() if v.kind == LATE and v.reason}
         generic = Unsupported("token_mixing", None, "most of the work follows an operation on unpacked tokens")
-        return list(roots.values()) or [generic]
+        return list(roots.values()) or self.roots or [generic]
 
     def _work(self, kind: str) -> int:
         return sum(_multiply_adds(n) for n, v in self.values.items() if v.kind == kind)
@@ -102,6 +103,7 @@ def analyse(graph: fx.Graph, dropout: str = "fallback", survey: bool = False) ->
         tables |= wanted
     feeding = _ancestors(first.mixers)
     second = _Walk(graph, seeds, dropout, survey, feeding, tables).run()
+    second.roots = first.reasons
     return second
 
 
@@ -260,8 +262,7 @@ class _Walk:
                 renorm = node.target is aten.embedding_renorm_.default
                 kind, hint = ("embedding_gradient", "unset max_norm") if renorm else ("mutation", "write it out of place")
                 reason = Unsupported(kind, node, f"`{node.target}` writes into {_owner(base)}", hint)
-                if node in self.inputs_only or self.out.kind(base) in (PROLOGUE, WEIGHT):
-                    self._note(reason)
+                self._note(reason)
                 return Value(LATE, reason=reason)
         return None
 
@@ -389,9 +390,9 @@ def _wanted_tables(analysis: Analysis, known: dict[fx.Node, int]) -> dict[fx.Nod
     wanted: dict[fx.Node, int] = {}
     for value in analysis.values.values():
         reason = value.reason
-        if reason is None or reason.kind != "row_layout" or reason.node is None:
+        if reason is None or reason.kind != "row_layout" or reason.operand is None:
             continue
-        node: Any = reason.node
+        node: Any = reason.operand
         while isinstance(node, fx.Node) and node.target in (aten.unsqueeze.default, aten.to.dtype, aten.expand.default):
             node = node.args[0]
         if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and analysis.kind(node) == WEIGHT:

@@ -7,7 +7,9 @@ turns each into a `FallbackReason` that a user can act on (docs/fallbacks.md has
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import torch
 from torch import fx
 
 KINDS: dict[str, str] = {
@@ -80,12 +82,14 @@ class Unsupported:
         node: the FX node in question, or None.
         explanation: what was found, in one sentence.
         hint: what the user can do about it, or "".
+        operand: the argument of `node` that it is about, if one is.
     """
 
     kind: str
     node: fx.Node | None
     explanation: str
     hint: str = ""
+    operand: fx.Node | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -135,13 +139,17 @@ class FallbackReason:
         return f"{self.kind}{op}{where}: {self.explanation}{hint}"
 
 
+_TORCH = str(Path(torch.__file__).parent)
+
+
 def source_line(node: fx.Node) -> str:
-    """`file:line in function: code` of the innermost user frame that made `node`, or ""."""
+    """`file:line in function: code` of the innermost frame outside of torch that made `node`, or ""."""
     trace = (node.meta.get("stack_trace") or "").strip()
     frames = [part for part in trace.split('File "') if part.strip()]
     if not frames:
         return ""
-    head, *code = frames[-1].splitlines()
+    users = [frame for frame in frames if not frame.startswith(_TORCH)]
+    head, *code = (users or frames)[-1].splitlines()
     path, _, rest = head.partition('", line ')
     line, _, function = rest.partition(", in ")
     text = code[0].strip() if code else ""

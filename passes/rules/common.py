@@ -120,8 +120,8 @@ def operands_in(args: Any) -> list[Operand]:
     return found
 
 
-def refuse(kind: str, explanation: str, hint: str = "", node: fx.Node | None = None) -> Unsupported:
-    return Unsupported(kind, node, explanation, hint)
+def refuse(kind: str, explanation: str, hint: str = "", operand: fx.Node | None = None) -> Unsupported:
+    return Unsupported(kind, None, explanation, hint, operand)
 
 
 def mixing(layout: TokenLayout, dims: Sequence[int], what: str) -> Unsupported:
@@ -166,9 +166,9 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
         if o.kind == STREAM or not (aligned := aligned_dims(o.shape, layout)):
             continue
         if o.kind == WEIGHT:
-            return refuse("row_layout", "a parameter is aligned with positions", node=o.node)
+            return refuse("row_layout", "a parameter is aligned with positions", operand=o.node)
         if not selection.is_whole:
-            return refuse("token_mixing", "a column of the batch meets a slice of its tokens", node=o.node)
+            return refuse("token_mixing", "a column of the batch meets a slice of its tokens", operand=o.node)
         columns[o.node] = aligned
     return layout, columns
 

@@ -67,7 +67,7 @@ def glu_rule(op: Op, x: Operand, dim: int = -1) -> Outcome | Unsupported:
 # Elementwise operations without the `pointwise` tag; the tagged ones need no entry (propagate.py).
 POINTWISE = (
     aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach,
-    aten.lift_fresh, aten.view_as, aten.masked_fill, aten.where, aten.clamp, aten.clamp_min, aten.clamp_max,
+    aten.lift_fresh, aten.masked_fill, aten.where, aten.clamp, aten.clamp_min, aten.clamp_max,
     aten.silu, aten.gelu, aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.celu, aten.mish,
     aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.log_sigmoid, aten.threshold, aten.prelu,
     aten.tanh, aten.sigmoid, aten.square, aten.polar, aten.complex, aten.conj, aten.real, aten.imag, aten.angle,

@@ -24,6 +24,12 @@ def view_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported:
     return Outcome(x.tokens.with_dims(dims), action="reshape")
 
 
+def view_as_rule(op: Op, x: Operand, other: Operand) -> Outcome | Unsupported:
+    if not isinstance(x, Operand) or x.layout is None:
+        return refuse("row_layout", "a value without tokens is viewed in the shape of tokens")
+    return view_rule(op, x)
+
+
 def unsqueeze_rule(op: Op, x: Operand, dim: int) -> Outcome | Unsupported:
     dims = list(x.tokens.dims)
     dims.insert(dim % (len(dims) + 1), ())
@@ -89,6 +95,13 @@ def expand_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported
     if not is_well_formed(dims):
         return refuse("token_mixing", "an expanded dim repeats the rows of the batch")
     return Outcome(x.tokens.with_dims(dims), action="expand")
+
+
+def expand_as_rule(op: Op, x: Operand, other: Operand) -> Outcome | Unsupported:
+    """`other` gives its sizes only; a value computed from inputs alone would have to be expanded on the dense batch."""
+    if not isinstance(x, Operand) or x.layout is None:
+        return refuse("row_layout", "a value without tokens is expanded to the shape of tokens")
+    return expand_rule(op, x)
 
 
 def _is_missing_row(x: Operand, size: Any) -> bool:
@@ -200,6 +213,8 @@ register(matrix_transpose_rule, aten.mT, aten.adjoint)
 register(permute_rule, aten.permute)
 register(movedim_rule, aten.movedim)
 register(expand_rule, aten.expand, aten.broadcast_to)
+register(expand_as_rule, aten.expand_as)
+register(view_as_rule, aten.view_as, aten.reshape_as)
 register(cat_rule, aten.cat.default, aten.concat.default, aten.concatenate.default)
 register(stack_rule, aten.stack)
 register(pieces_rule, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes, aten.chunk, aten.tensor_split)
