@@ -102,8 +102,10 @@ def _cut(selection: Selection) -> tuple[Any, tuple[Any, ...]]:
 class Lowering:
     """Builds the three graphs. Nothing of the original graph is changed."""
 
-    def __init__(self, gm: fx.GraphModule, analysis: Analysis, matches: list[AttentionMatch], guards: Guards) -> None:
-        self.gm, self.analysis, self.guards = gm, analysis, guards
+    def __init__(
+        self, gm: fx.GraphModule, analysis: Analysis, matches: list[AttentionMatch], guards: Guards, engine: str
+    ) -> None:
+        self.gm, self.analysis, self.guards, self.engine = gm, analysis, guards, engine
         self.matches = {m.node: m for m in matches}
         self.prologue_results: dict[fx.Node, int] = {}
         self.inputs: dict[Input, fx.Node] = {}
@@ -282,7 +284,7 @@ class Lowering:
                 self._heads(match.q, self._in_packed(match.q)), self._heads(match.k, k),
                 self._heads(match.v, self._in_packed(match.v)),
                 self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
-                self._input(Input("segments"), "segments"), *columns, match.scale, match.formula.window, "auto",
+                self._input(Input("segments"), "segments"), *columns, match.scale, match.formula.window, self.engine,
             ),
         )  # fmt: skip
         call.meta["layouts"] = None

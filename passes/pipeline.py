@@ -24,6 +24,7 @@ class Compilation:
     Args:
         dynamo: the graph that Dynamo gave; never changed.
         dropout: `Options.dropout`.
+        engine: `Options.engine`, passed on to the attention operator.
         survey: walk on past an operation without a rule, to find all reasons at once.
         aten, analysis, matches, guards, graphs: results of the passes, in their order.
         seconds: time of each pass.
@@ -32,6 +33,7 @@ class Compilation:
     dynamo: fx.GraphModule
     dropout: str = "fallback"
     survey: bool = False
+    engine: str = "auto"
     aten: fx.GraphModule | None = None
     analysis: Analysis | None = None
     matches: list[AttentionMatch] = field(default_factory=list)

@@ -55,7 +55,7 @@ def pgcompile(
     chosen = Options.of(options, mode)
     with compile_lock:
         compilation = run_passes(
-            PASSES, Compilation(gm, chosen.dropout, survey=collector is not None), chosen.disable_passes, chosen.dump_dir
+            PASSES, Compilation(gm, chosen.dropout, collector is not None, chosen.engine), chosen.disable_passes, chosen.dump_dir
         )
     report = _graph_report(compilation, chosen)
     if collector is not None:

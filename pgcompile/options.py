@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .engines import ENGINES
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "inner": ("inductor", "aot_eager", "eager"),
     "fallback": ("eager", "inner"),
     "dropout": ("fallback", "shared"),
-    "engine": ("auto", "reference"),
+    "engine": ("auto", *ENGINES),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 
 class Engine(Protocol):
@@ -55,4 +55,5 @@ class Engine(Protocol):
 
 ENGINES: dict[str, Engine] = {
     "reference": reference,
+    "cpu": cpu,
 }
