@@ -1,14 +1,14 @@
 """GRPO on additions, trained twice from one seed: without pgcompile, then with it.
 
-A small Qwen3 over bytes reads 17 worked additions and has to solve the next one, working included:
+A small Qwen3 over bytes reads a pupil's homework, 17 additions, and answers the next one in eight tokens:
 
-    47+38=15+70=85
-    ...
-    26+51=          the answer is 07+70=77: eight tokens
+    47+38=15+70=85      sometimes the pupil shows the working (units, tens, total),
+    26+51=it is 83      more often it is a guess
 
-A short supervised warm-up leaves it right about one time in four. Then GRPO (rewards normalised within a group, PPO's
-clipped objective) samples 16 answers to every prompt, checks them by adding, and updates the model. The 16 rows of a
-group repeat the same 261 prompt tokens; pgcompile runs them once. The two runs differ in one argument:
+A short supervised warm-up imitates the pupil and is right about one time in four. Then GRPO (rewards normalised within
+a group, PPO's clipped objective) samples 16 answers to every prompt, checks them by adding, and updates the model: it
+finds out that showing the working pays. The 16 rows of a group repeat the same 261 prompt tokens; pgcompile runs them
+once. The two runs differ in one argument:
 
     update_loss = torch.compile(grpo_loss, backend=backend)
 
@@ -39,16 +39,18 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 matplotlib.use("Agg")  # draws on a machine without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-SHOTS = 17  # worked additions before the question: 17 × 15 + 6 = 261 prompt tokens
-PROMPTS = 16  # prompts in an update
+SHOTS = 17  # additions before the question: 17 × 15 + 6 = 261 prompt tokens
+PROMPTS = 8  # prompts in an update
 GROUP = 16  # answers sampled for each
+QUESTION = len("47+38=")
 ANSWER = len("15+70=85")  # 8 tokens
 NEWLINE = ord("\n")
+WORKED = 0.3  # how often the pupil shows the working; guesses otherwise
 
-WARM_UP_STEPS = 200
-WARM_UP_ROWS = 16
+WARM_UP_STEPS = 300
+WARM_UP_ROWS = 12
 WARM_UP_LR = 3e-3
-GRPO_LR = 1e-3
+GRPO_LR = 3e-4
 CLIP = 0.2
 COMPILING_STEPS = 2  # the first call compiles forward and backward, the second still allocates: not timed
 
@@ -70,15 +72,17 @@ def write_question(a: int, b: int) -> str:
     return f"{a}+{b}="
 
 
-def write_answer(a: int, b: int) -> str:
-    """The sum of the units, the sum of the tens, the total: 47+38= is answered 15+70=85."""
+def write_answer(rng: random.Random, a: int, b: int, worked: float) -> str:
+    """With probability `worked` the sums of units and tens and the total (47+38= gives 15+70=85), else a guess."""
+    if rng.random() >= worked:
+        return f"it is {rng.randint(20, 99)}"
     units = a % 10 + b % 10
     return f"{units:02d}+{a + b - units:02d}={a + b:02d}"
 
 
-def write_lines(rng: random.Random, count: int) -> str:
+def write_homework(rng: random.Random, count: int, worked: float) -> str:
     pairs = [draw_addends(rng) for _ in range(count)]
-    return "".join(f"{write_question(a, b)}{write_answer(a, b)}\n" for a, b in pairs)
+    return "".join(f"{write_question(a, b)}{write_answer(rng, a, b, worked)}\n" for a, b in pairs)
 
 
 def to_tokens(texts: list[str]) -> Tensor:
@@ -88,13 +92,13 @@ def to_tokens(texts: list[str]) -> Tensor:
 def draw_prompts(rng: random.Random) -> tuple[Tensor, list[int]]:
     """Prompts ``[PROMPTS, P]`` with the totals that they ask for."""
     addends = [draw_addends(rng) for _ in range(PROMPTS)]
-    prompts = [write_lines(rng, SHOTS) + write_question(a, b) for a, b in addends]
+    prompts = [write_homework(rng, SHOTS, WORKED) + write_question(a, b) for a, b in addends]
     return to_tokens(prompts), [a + b for a, b in addends]
 
 
 def grade(answer: list[int], total: int) -> float:
-    """1 when the answer ends in the right total, which we know by adding. The working is the model's own affair."""
-    return float(bytes(answer).endswith(f"={total:02d}".encode()))
+    """1 when the answer ends in the right total, which we know by adding; a lucky guess counts."""
+    return float(bytes(answer).endswith(f"{total:02d}".encode()))
 
 
 # --- the model and its warm-up ----------------------------------------------------------------------------------------
@@ -127,13 +131,20 @@ def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def warm_up(model: nn.Module, rng: random.Random, progress: Progress) -> dict:
-    """Supervised training on correct additions. Returns the optimizer's state, with which GRPO goes on."""
+    """Supervised training on homework. Returns the optimizer's state, with which GRPO goes on.
+
+    All answers are worked in the first half, so that the model learns to add; then the pupil gets lazier.
+    """
     optimizer = build_optimizer(model, WARM_UP_LR)
     task = progress.add_task("warm-up", total=WARM_UP_STEPS, note="")
     for step in range(WARM_UP_STEPS):
-        optimizer.param_groups[0]["lr"] = WARM_UP_LR * min(1.0, (step + 1) / 20)
-        ids = to_tokens([write_lines(rng, SHOTS + 1) for _ in range(WARM_UP_ROWS)])
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        done = step / WARM_UP_STEPS
+        optimizer.param_groups[0]["lr"] = WARM_UP_LR * min(1.0, (step + 1) / 20, (1.0 - done) / 0.3)
+        worked = 1.0 - (1.0 - WORKED) * max(0.0, 2.0 * done - 1.0)
+        ids = to_tokens([write_homework(rng, SHOTS + 1, worked) for _ in range(WARM_UP_ROWS)])
+        labels = ids.clone()
+        labels.view(WARM_UP_ROWS, SHOTS + 1, -1)[:, :, :QUESTION] = -100  # questions can't be predicted
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         apply_gradients(model, optimizer)
         show(progress, task, f"loss {loss.item():.3f}", every=25)

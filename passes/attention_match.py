@@ -115,12 +115,10 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
         if isinstance(step, Unsupported):
             return step
         scores, factor, mask = step
-        if mask is not None:
-            masks.append(mask)
-        elif factor != 1.0:
-            if any(not m.minus_inf for m in masks):
-                return Unsupported("finite_mask", node, "scores are scaled after a finite mask was added")
-            scale *= factor
+        if mask is not None and scale != 1.0 and not mask.minus_inf:
+            return Unsupported("finite_mask", node, "scores are scaled after a finite mask was added")
+        masks += [mask] if mask is not None else []
+        scale *= factor
     formula = _causal(conjoin(*masks), node, analysis)
     if isinstance(formula, Unsupported):
         return formula

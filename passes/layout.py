@@ -133,6 +133,8 @@ def view_dims(layout: TokenLayout, out_shape: Sequence[Any]) -> tuple[Dim, ...] 
             out.append((queue.pop(0),) if takes else ())
             continue
         while out and queue and is_token_factor(queue[0]) and same_size(size_of(queue[0]), 1):
+            if queue[0] == ROW and len(out_shape) >= layout.rank:
+                break  # a single row leads the heads, as it would if there were more: [S, N, H*D] → [S, N*H, D]
             out[-1] = (*out[-1], queue.pop(0))
         dim, reached = _deal(queue, size, size_of)
         if not reached:

@@ -184,10 +184,9 @@ def read_additive(
     data = MaskFormula(data=node, data_additive=True, minus_inf=False)
     biases = [v for v in values if not isinstance(v, Const)]
     if biases:
-        # numbers per key can only be checked as data; numbers made from positions are a bias (ALiBi)
-        is_data = all(any(elements(v)) and (Q not in dims(v) or _reads_pairs(v)) for v in biases)
-        found = "numbers that depend on query and key are added to the scores"
-        return _as_data(data) if is_data else _unclear(node, found)
+        # numbers read from a tensor can only be checked as data; numbers made from positions are a bias (ALiBi)
+        is_data = all(any(elements(v)) for v in biases)
+        return data if is_data else _unclear(node, "numbers that depend on query and key are added to the scores")
     minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
     return _formula(reader, _unmasked(read), data, alone, minus_inf)
 

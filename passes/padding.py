@@ -67,7 +67,7 @@ def padding_guards(analysis: Analysis) -> Guards:
         if isinstance(found, _Taint):
             taints[node] = found
             continue
-        groups = [g for t in sources.values() if t is not None for g in t.groups]
+        groups = found if found is not None else [g for t in sources.values() if t is not None for g in t.groups]
         if any(not g for g in groups):
             guards.refusal = Unsupported(
                 "padding_read", node, f"`{node.target}` reads padding that nothing masks, so padding is kept"
@@ -83,8 +83,10 @@ def _taint_of(node: fx.Node, analysis: Analysis, taints: dict[fx.Node, _Taint]) 
     return taints.get(node)
 
 
-def _follow(node: fx.Node, sources: dict[fx.Node, _Taint | None], outcome: Outcome | None) -> _Taint | None:
-    """The taint of the result, or None where the operation mixes tokens."""
+def _follow(
+    node: fx.Node, sources: dict[fx.Node, _Taint | None], outcome: Outcome | None
+) -> _Taint | list[tuple[Factor, ...]] | None:
+    """The taint of the result; or, of an operation that mixes tokens, its groups (None: those of its sources)."""
     if outcome is not None and outcome.action != "emit":
         return _after_labels(node, outcome)
     layout = _layout_after(node, sources)
@@ -95,17 +97,16 @@ def _follow(node: fx.Node, sources: dict[fx.Node, _Taint | None], outcome: Outco
     return _Taint(layout, tuple((*g, factor) for g in groups) if factor is not None else groups)
 
 
-def _after_labels(node: fx.Node, outcome: Outcome) -> _Taint | None:
+def _after_labels(node: fx.Node, outcome: Outcome) -> _Taint | list[tuple[Factor, ...]]:
     """A gather of labels keeps the tokens; a label loss is off at `ignore_index`."""
     layout = outcome.layout
     assert isinstance(layout, TokenLayout)
-    args = bound_args(node)[0]
     if outcome.action == "gather_entries":
         return _Taint(layout, ((),))
-    if args[3] == 0:
-        dims = aligned_dims(shape(args[1]), layout.with_dims(layout.dims[:1]))
-        return _Taint(layout.with_dims(layout.dims[:1]), ((Factor(args[1], dims, layout.selection, args[4]),),))
-    return None
+    _, target, _, reduction, ignore_index, *_ = bound_args(node)[0]
+    tokens = layout.with_dims(layout.dims[:1])
+    group = (Factor(target, aligned_dims(shape(target), tokens), layout.selection, ignore_index),)
+    return _Taint(tokens, (group,)) if reduction == 0 else [group]
 
 
 def _layout_after(node: fx.Node, sources: dict[fx.Node, _Taint | None]) -> TokenLayout | None:

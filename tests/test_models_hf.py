@@ -29,8 +29,13 @@ def batch_of(padding):
 
 
 def shifted_labels(batch):
-    """What users pass: the ids, -100 where padded."""
-    return batch.input_ids if batch.attention_mask is None else batch.input_ids.masked_fill(~batch.kept, -100)
+    """The ids, -100 where padded, and for a row's first token: left-padded, it would be predicted by padding,
+    which transformers then counts and which therefore has to be kept."""
+    if batch.attention_mask is None:
+        return batch.input_ids
+    predicted = batch.kept.clone()
+    predicted[:, 1:] &= batch.kept[:, :-1]
+    return batch.input_ids.masked_fill(~predicted, -100)
 
 
 def counted_positions(batch):
