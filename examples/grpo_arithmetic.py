@@ -190,7 +190,9 @@ def collect_batch(model: nn.Module, prompts: Tensor, totals: list[int], generato
     """Samples, grades, and normalises the rewards within each group."""
     answers = sample_answers(model, prompts, generator)
     ended = (answers == NEWLINE).cumsum(-1)
-    is_token = (ended == 0) | ((ended == 1) & (answers == NEWLINE))  # the newline that ends an answer is its last token
+    is_token = (ended == 0) | (
+        (ended == 1) & (answers == NEWLINE)
+    )  # the newline that ends an answer is its last token
     rewards = torch.tensor([grade(row, totals[i // GROUP]) for i, row in enumerate(answers.tolist())])
     groups = rewards.view(-1, GROUP)
     advantages = (groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-4)

@@ -51,7 +51,11 @@ def analyse_pass(c: Compilation) -> None:
     if not c.reasons and found.late_share() > LATE_SHARE:
         c.refuse(*found.late_reasons())
     if not found.has_work and not found.reasons:
-        c.refuse(Unsupported("no_token_stream", None, "the graph has neither attention nor linear layers over tokens"))
+        c.refuse(
+            Unsupported(
+                "no_token_stream", None, "the graph has neither attention nor linear layers over tokens"
+            )
+        )
 
 
 def attention_pass(c: Compilation) -> None:

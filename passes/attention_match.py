@@ -1,7 +1,7 @@
 """Attention, whatever its spelling: match the structure once, then check its properties on the match.
 
-    SDPA:     scaled_dot_product_attention(q, k, v, mask | is_causal, scale)
-    spelled:  matmul(q, kᵀ) → {scale, mask}* → softmax over keys → {cast, inactive dropout}* → matmul(·, v)
+SDPA:     scaled_dot_product_attention(q, k, v, mask | is_causal, scale)
+spelled:  matmul(q, kᵀ) → {scale, mask}* → softmax over keys → {cast, inactive dropout}* → matmul(·, v)
 """
 
 from __future__ import annotations
@@ -61,7 +61,12 @@ def _match_sdpa(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupport
     args, kwargs = bound_args(node)
     q, k, v, mask, dropout_p, is_causal = args
     if dropout_p:
-        return Unsupported("randomness", node, f"attention dropout with p={dropout_p}", "set attention_dropout to 0 or call model.eval()")
+        return Unsupported(
+            "randomness",
+            node,
+            f"attention dropout with p={dropout_p}",
+            "set attention_dropout to 0 or call model.eval()",
+        )
     formula = _sdpa_formula(node, mask, is_causal, analysis)
     if isinstance(formula, Unsupported):
         return formula
@@ -77,16 +82,27 @@ def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis)
     if mask is None:
         if is_causal or same_size(analysis.whole.positions, 1):  # type: ignore[union-attr]
             return CAUSAL
-        return Unsupported("not_causal", node, "attention without a mask sees later tokens", "pass is_causal=True or a causal mask")
+        return Unsupported(
+            "not_causal",
+            node,
+            "attention without a mask sees later tokens",
+            "pass is_causal=True or a causal mask",
+        )
     if analysis.kind(mask) != PROLOGUE:
-        return Unsupported("mask_not_understood", node, "the attention mask is computed from activations or parameters")
+        return Unsupported(
+            "mask_not_understood", node, "the attention mask is computed from activations or parameters"
+        )
     if len(shape(mask)) > 2 and analysis.values[node.args[0]].layout.rank != 4:  # type: ignore[index]
-        return Unsupported("mask_not_understood", node, "a mask by row for attention whose rows aren't dim 0 of 4")
+        return Unsupported(
+            "mask_not_understood", node, "a mask by row for attention whose rows aren't dim 0 of 4"
+        )
     read = read_allowed if val(mask).dtype == torch.bool else read_additive
     return _causal(read(mask, alone=False), node, analysis)
 
 
-def _causal(formula: MaskFormula | Unsupported, node: fx.Node, analysis: Analysis) -> MaskFormula | Unsupported:
+def _causal(
+    formula: MaskFormula | Unsupported, node: fx.Node, analysis: Analysis
+) -> MaskFormula | Unsupported:
     """The formula, if it is causal; a single position always is."""
     if isinstance(formula, Unsupported):
         return formula
@@ -123,7 +139,9 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
     if isinstance(formula, Unsupported):
         return formula
     q, k = scores.args[-2:]
-    return AttentionMatch(node, q, k, v, scale, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False)
+    return AttentionMatch(
+        node, q, k, v, scale, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False
+    )
 
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -150,14 +168,28 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
     target = node.target
     if target in _CASTS:
         return args[0], 1.0, None
-    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor):
+    if target in (
+        aten.mul.Tensor,
+        aten.mul.Scalar,
+        aten.div.Tensor,
+        aten.div.Scalar,
+        aten.true_divide.Tensor,
+    ):
         is_mul = target in (aten.mul.Tensor, aten.mul.Scalar)
-        x, y = args[:2] if _is_scores(args[0], analysis) else (args[1], args[0]) if is_mul else (args[0], None)
+        x, y = (
+            args[:2] if _is_scores(args[0], analysis) else (args[1], args[0]) if is_mul else (args[0], None)
+        )
         number = _constant(y)
         if number is not None:
             return x, number if is_mul else 1 / number, None
     if target is aten.masked_fill.Scalar and _is_masked_value(args[2], node) is not None:
-        return _masked(args[0], read_allowed(args[1], negated=True, alone=False), analysis, args[1], _is_masked_value(args[2], node))
+        return _masked(
+            args[0],
+            read_allowed(args[1], negated=True, alone=False),
+            analysis,
+            args[1],
+            _is_masked_value(args[2], node),
+        )
     if target is aten.masked_fill.Tensor and _is_masked_value(_constant(args[2]), node) is not None:
         value = _is_masked_value(_constant(args[2]), node)
         return _masked(args[0], read_allowed(args[1], negated=True, alone=False), analysis, args[1], value)
@@ -165,12 +197,22 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
         keeps = _is_scores(args[1], analysis)
         value = _is_masked_value(_constant(args[2] if keeps else args[1]), node)
         if value is not None:
-            return _masked(args[1] if keeps else args[2], read_allowed(args[0], negated=not keeps, alone=False), analysis, args[0], value)
+            return _masked(
+                args[1] if keeps else args[2],
+                read_allowed(args[0], negated=not keeps, alone=False),
+                analysis,
+                args[0],
+                value,
+            )
     if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
         scores, mask = (args[0], args[1]) if _is_scores(args[0], analysis) else (args[1], args[0])
         if isinstance(mask, fx.Node):
             if analysis.kind(mask) != PROLOGUE:
-                return Unsupported("mask_not_understood", node, "a bias computed from activations or parameters is added to the scores")
+                return Unsupported(
+                    "mask_not_understood",
+                    node,
+                    "a bias computed from activations or parameters is added to the scores",
+                )
             found = read_additive(mask, alone=False)
             return found if isinstance(found, Unsupported) else (scores, 1.0, found)
     return Unsupported("token_mixing", node, f"`{target}` between attention scores and softmax has no rule")
@@ -181,21 +223,35 @@ def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float
     args, kwargs = bound_args(node)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     if analysis.kind(args[0]) != PROLOGUE:
-        return Unsupported("mask_not_understood", node, "a bias computed from activations or parameters is added to the scores")
+        return Unsupported(
+            "mask_not_understood",
+            node,
+            "a bias computed from activations or parameters is added to the scores",
+        )
     if beta == 0:
         return MaskFormula(), float(alpha)
     heads = math.prod(_head_dims(args[1], analysis))
     found = read_additive(args[0], alone=False, merged_heads=heads)
     if isinstance(found, Unsupported) or (beta != 1 and not found.minus_inf):
-        return found if isinstance(found, Unsupported) else Unsupported("finite_mask", node, "a finite mask is scaled")
+        return (
+            found
+            if isinstance(found, Unsupported)
+            else Unsupported("finite_mask", node, "a finite mask is scaled")
+        )
     return found, float(alpha)
 
 
 def _masked(
-    scores: fx.Node, formula: MaskFormula | Unsupported, analysis: Analysis, condition: Any, minus_inf: bool | None
+    scores: fx.Node,
+    formula: MaskFormula | Unsupported,
+    analysis: Analysis,
+    condition: Any,
+    minus_inf: bool | None,
 ) -> tuple[fx.Node, float, MaskFormula | None] | Unsupported:
     if analysis.kind(condition) != PROLOGUE:
-        return Unsupported("mask_not_understood", condition, "the attention mask is computed from activations or parameters")
+        return Unsupported(
+            "mask_not_understood", condition, "the attention mask is computed from activations or parameters"
+        )
     if isinstance(formula, Unsupported):
         return formula
     return scores, 1.0, replace(formula, minus_inf=bool(minus_inf))
@@ -236,8 +292,8 @@ def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
 def _unrepeated(node: fx.Node, analysis: Analysis) -> fx.Node:
     """`repeat_kv` folded back: keys and values before their heads were repeated for grouped-query attention.
 
-        x [N, KV, S, D] → unsqueeze(2) → expand [N, KV, G, S, D] → reshape [N, KV*G, S, D]     becomes     x
-        x [N, KV, S, D] → repeat_interleave(G, dim=1)                                          becomes     x
+    x [N, KV, S, D] → unsqueeze(2) → expand [N, KV, G, S, D] → reshape [N, KV*G, S, D]     becomes     x
+    x [N, KV, S, D] → repeat_interleave(G, dim=1)                                          becomes     x
     """
     source: Any = node
     if source.target is aten.repeat_interleave.self_int and bound_args(source)[0][2] in (1, -3):
@@ -266,7 +322,9 @@ def _heads_refusal(match: AttentionMatch, analysis: Analysis) -> Unsupported | N
     q, k, v = (_head_dims(n, analysis) for n in (match.q, match.k, match.v))
     for heads in (k, v):
         if not _is_grouped(q, heads):
-            return Unsupported("row_layout", match.node, f"heads {heads} of keys or values don't group the query heads {q}")
+            return Unsupported(
+                "row_layout", match.node, f"heads {heads} of keys or values don't group the query heads {q}"
+            )
     if math.prod(k) != math.prod(v):
         return Unsupported("row_layout", match.node, "keys and values have different numbers of heads")
     return None

@@ -42,7 +42,11 @@ def _out_of_place(node: fx.Node) -> Any:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     name = node.target._schema.name.removeprefix("aten::")
-    if mutated_args(node) != [node.args[0] if node.args else None] or not name.endswith("_") or name.endswith("__"):
+    if (
+        mutated_args(node) != [node.args[0] if node.args else None]
+        or not name.endswith("_")
+        or name.endswith("__")
+    ):
         return None
     packet = getattr(aten, name[:-1], None)
     return getattr(packet, node.target._overloadname, None) if packet is not None else None

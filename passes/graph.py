@@ -24,7 +24,10 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
     """Nodes of a Dynamo graph whose gradient or effect an ATen graph would not show."""
     found = []
     for node in gm.graph.nodes:
-        if node.op == "call_method" and node.target in ("register_hook", "register_post_accumulate_grad_hook"):
+        if node.op == "call_method" and node.target in (
+            "register_hook",
+            "register_post_accumulate_grad_hook",
+        ):
             found.append(_opaque("hook", node, "a tensor hook may change the gradient of a shared token"))
         if node.op != "call_function":
             continue
@@ -33,7 +36,9 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
             kind = "autograd_function" if "autograd_function" in name else "trace_failed"
             found.append(_opaque(kind, node, f"higher-order operation `{name}` can't be looked into"))
         elif "autograd_function" in name or "trampoline_autograd" in name:
-            found.append(_opaque("autograd_function", node, "a custom autograd function may treat gradients freely"))
+            found.append(
+                _opaque("autograd_function", node, "a custom autograd function may treat gradients freely")
+            )
         elif "hook" in name and "torch" in (getattr(node.target, "__module__", None) or ""):
             found.append(_opaque("hook", node, f"`{name}` may change the gradient of a shared token"))
     return found
@@ -68,7 +73,9 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
     with fakes[0].fake_mode:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
     originals = (n for n in gm.graph.nodes if n.op == "placeholder")
-    for node, original in zip((n for n in traced.graph.nodes if n.op == "placeholder"), originals, strict=True):
+    for node, original in zip(
+        (n for n in traced.graph.nodes if n.op == "placeholder"), originals, strict=True
+    ):
         example = original.meta["example_value"]
         node.meta["is_parameter"] = isinstance(example, torch.nn.Parameter)
         node.meta["requires_grad"] = isinstance(example, torch.Tensor) and example.requires_grad
@@ -131,7 +138,9 @@ def mutated_args(node: fx.Node) -> list[fx.Node]:
     for i, arg in enumerate(schema.arguments):
         if arg.alias_info is not None and arg.alias_info.is_write:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(arg.name)
-            written += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)]
+            written += [
+                v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)
+            ]
     return written
 
 

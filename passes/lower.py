@@ -103,7 +103,12 @@ class Lowering:
     """Builds the three graphs. Nothing of the original graph is changed."""
 
     def __init__(
-        self, gm: fx.GraphModule, analysis: Analysis, matches: list[AttentionMatch], guards: Guards, engine: str
+        self,
+        gm: fx.GraphModule,
+        analysis: Analysis,
+        matches: list[AttentionMatch],
+        guards: Guards,
+        engine: str,
     ) -> None:
         self.gm, self.analysis, self.guards, self.engine = gm, analysis, guards, engine
         self.matches = {m.node: m for m in matches}
@@ -182,7 +187,11 @@ class Lowering:
         found = self.inputs.get(spec)
         if found is None:
             first = next(iter(self.packed.nodes), None)
-            with self.packed.inserting_before(first) if first is not None else self.packed.inserting_after(None):
+            with (
+                self.packed.inserting_before(first)
+                if first is not None
+                else self.packed.inserting_after(None)
+            ):
                 found = self.packed.placeholder(f"{like}_{len(self.inputs)}")
             self.inputs[spec] = found
         return found
@@ -325,7 +334,8 @@ class Lowering:
         elif kind == STREAM:
             layout = self.analysis.values[node].layout
             found = self.late.call_function(
-                unpack_tokens, (self._packed_result(self._in_packed(node)), self._map(layout.selection), layout.dims)
+                unpack_tokens,
+                (self._packed_result(self._in_packed(node)), self._map(layout.selection), layout.dims),
             )
         else:
             raise AssertionError(f"{node} ({kind}) comes too late")
@@ -359,14 +369,21 @@ class Lowering:
     def _emit_late(self, node: fx.Node) -> None:
         outcome = self.analysis.values[node].outcome
         special = LATE_LOWERINGS.get(outcome.action) if outcome is not None else None
-        self.late_env[node] = special(self, node, outcome) if special else self.late.node_copy(node, self._in_late)
+        self.late_env[node] = (
+            special(self, node, outcome) if special else self.late.node_copy(node, self._in_late)
+        )
 
     def gather_entries(self, node: fx.Node, outcome: Any) -> fx.Node:
         args = bound_args(node)[0]
         layout = outcome.layout
         return self.late.call_function(
             gather_entries,
-            (self._packed_result(self._in_packed(args[0])), self._map(layout.selection), layout.dims, self._in_late(args[2])),
+            (
+                self._packed_result(self._in_packed(args[0])),
+                self._map(layout.selection),
+                layout.dims,
+                self._in_late(args[2]),
+            ),
         )
 
     def label_loss(self, node: fx.Node, outcome: Any) -> fx.Node:
@@ -376,7 +393,11 @@ class Lowering:
         if outcome.action == "cross_entropy_loss":
             logs = self.packed.call_function(aten.log_softmax.int, (logs, -1))
         if smoothing and smoothing[0]:
-            scaled = logs if weight is None else self.packed.call_function(aten.mul.Tensor, (logs, self._in_packed(weight)))
+            scaled = (
+                logs
+                if weight is None
+                else self.packed.call_function(aten.mul.Tensor, (logs, self._in_packed(weight)))
+            )
             smooth = self._packed_result(self.packed.call_function(aten.sum.dim_IntList, (scaled, [-1])))
         return self.late.call_function(
             label_loss,
@@ -406,7 +427,9 @@ class Lowering:
                 inside = kind == STREAM and (user in self.matches or self._inside_attention(user))
                 if not inside and user in self.live:
                     hint = "pass output_attentions=False"
-                    return Unsupported("token_mixing", node, "attention weights are used outside of attention", hint)
+                    return Unsupported(
+                        "token_mixing", node, "attention weights are used outside of attention", hint
+                    )
         return None
 
     def _finish(self) -> PackedGraphs:
@@ -425,7 +448,8 @@ class Lowering:
             can_drop_padding=self.guards.refusal is None,
             key_valid=[self._valid_keys(m) for m in self.matches.values()],
             data_masks=[
-                (self._result(node), formulas[node].data_additive, formulas[node].data_negated) for node in self.data_masks
+                (self._result(node), formulas[node].data_additive, formulas[node].data_negated)
+                for node in self.data_masks
             ],
             prologue=_prologue_module(self.gm, self.prologue_results, self.analysis),
             packed=_module(self.gm, self.packed),
@@ -486,7 +510,11 @@ def _prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: 
     """`(*arguments) -> results`: the nodes they depend on, and what writes into those, in the original order."""
     wanted: set[fx.Node] = set(results)
     for node in reversed(gm.graph.nodes):
-        if node in wanted or (node.op != "output" and analysis.kind(node) == PROLOGUE and any(n in wanted for n in mutated_args(node))):
+        if node in wanted or (
+            node.op != "output"
+            and analysis.kind(node) == PROLOGUE
+            and any(n in wanted for n in mutated_args(node))
+        ):
             wanted.add(node)
             wanted.update(node.all_input_nodes)
     graph, env = fx.Graph(), {}
@@ -501,7 +529,12 @@ def _prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: 
 def _drop_dead(graph: fx.Graph) -> None:
     """Remove what nothing uses, and mode switches with nothing between them."""
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and not is_mode_switch(node) and not mutated_args(node):
+        if (
+            node.op == "call_function"
+            and not node.users
+            and not is_mode_switch(node)
+            and not mutated_args(node)
+        ):
             graph.erase_node(node)
     last: fx.Node | None = None
     for node in list(graph.nodes):

@@ -91,7 +91,9 @@ class Affine:
         total = dict(self.terms)
         for dim, c in other.terms:
             total[dim] = total.get(dim, 0) + c
-        return Affine(tuple(sorted(((d, c) for d, c in total.items() if c), key=str)), self.offset + other.offset)
+        return Affine(
+            tuple(sorted(((d, c) for d, c in total.items() if c), key=str)), self.offset + other.offset
+        )
 
     def __mul__(self, factor: int) -> Affine:
         return Affine(tuple((d, c * factor) for d, c in self.terms if factor), self.offset * factor)
@@ -297,7 +299,11 @@ def conjuncts(expr: Expr) -> list[Expr]:
 def where(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     if isinstance(condition, Const):
         return then if condition.value else otherwise
-    if isinstance(condition, Op) and condition.name in ("eq", "ne") and condition.args[1] == _zero(condition.args[1]):
+    if (
+        isinstance(condition, Op)
+        and condition.name in ("eq", "ne")
+        and condition.args[1] == _zero(condition.args[1])
+    ):
         # `x.masked_fill(x != 0, v)`: where the fill isn't, x is zero
         if condition.name == "ne" and condition.args[0] == otherwise:
             otherwise = _zero(otherwise)
@@ -415,7 +421,9 @@ def _into_branches(name: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Exp
         booleans = [a for a in args if a.dtype == torch.bool and not isinstance(a, Const)]
         if len(booleans) != 1 or not all(isinstance(a, Const) for a in args if a is not booleans[0]):
             return None
-        results = (apply(name, tuple(v if a is booleans[0] else a for a in args), dtype) for v in (TRUE, FALSE))
+        results = (
+            apply(name, tuple(v if a is booleans[0] else a for a in args), dtype) for v in (TRUE, FALSE)
+        )
         return where(booleans[0], *results)
     if name in ("eq", "ne") and sum(len(tree) > 1 for tree in trees) > 1:
         return None  # may be `same_value` of two conditions: keep it whole

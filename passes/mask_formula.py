@@ -116,7 +116,9 @@ CAUSAL = MaskFormula(causal=True)
 
 def conjoin(*formulas: MaskFormula) -> MaskFormula | Unsupported:
     """All of them at once; refused where two of them are data, since only one node can be checked."""
-    data = list(dict.fromkeys((f.data, f.data_additive, f.data_negated) for f in formulas if f.data is not None))
+    data = list(
+        dict.fromkeys((f.data, f.data_additive, f.data_negated) for f in formulas if f.data is not None)
+    )
     if len(data) > 1:
         return _unclear(data[1][0], "two masks of one attention are data")
     windows = [f.window for f in formulas if f.window is not None]
@@ -186,7 +188,11 @@ def read_additive(
     if biases:
         # numbers read from a tensor can only be checked as data; numbers made from positions are a bias (ALiBi)
         is_data = all(any(elements(v)) for v in biases)
-        return data if is_data else _unclear(node, "numbers that depend on query and key are added to the scores")
+        return (
+            data
+            if is_data
+            else _unclear(node, "numbers that depend on query and key are added to the scores")
+        )
     minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
     return _formula(reader, _unmasked(read), data, alone, minus_inf)
 
@@ -316,7 +322,9 @@ def _by_index(reader: MaskReader, terms: list[Expr]) -> list[Expr]:
         }
         renamed = [replace(term, table) for term in terms]
         # only where the start cancels was it a difference
-        terms = [new if _distance_bounds(new) is not None else old for old, new in zip(terms, renamed, strict=True)]
+        terms = [
+            new if _distance_bounds(new) is not None else old for old, new in zip(terms, renamed, strict=True)
+        ]
     return terms
 
 
@@ -392,7 +400,9 @@ class _Emitter:
 
     def _position(self, affine: Affine) -> fx.Node:
         """An affine function of `(n, s)` as int64."""
-        total = self.expression(Const(affine.offset, torch.int64)) if affine.offset or not affine.terms else None
+        total = (
+            self.expression(Const(affine.offset, torch.int64)) if affine.offset or not affine.terms else None
+        )
         for dim, factor in affine.terms:
             term = self._dim(dim)
             term = term if factor == 1 else self.call(aten.mul.Tensor, term, factor)

@@ -108,7 +108,11 @@ class MaskReader:
         step = _match(node, aten.cumsum.default, dim=-1)
         difference = step and _match(step, aten.ne.Scalar, other=1)
         base = difference and _match(difference, aten.diff.default, n=1, dim=-1, append=None)
-        if base is None or base.meta["val"].dim() != 2 or base.meta["val"].dtype not in (torch.int64, torch.int32):
+        if (
+            base is None
+            or base.meta["val"].dim() != 2
+            or base.meta["val"].dtype not in (torch.int64, torch.int32)
+        ):
             return None
         prepend = bound_args(difference)[0][3]
         if not isinstance(prepend, fx.Node) or not same_size(prepend.meta["val"].shape[1], 1):
@@ -130,7 +134,9 @@ def _match(node: fx.Node, target: Any, **options: Any) -> fx.Node | None:
     rank = node.meta["val"].dim()
     if "dim" in options and isinstance(given["dim"], int):
         given["dim"] = given["dim"] % rank - rank
-    return positional[0] if all(given[k] == v for k, v in options.items()) and not given.get("dtype") else None
+    return (
+        positional[0] if all(given[k] == v for k, v in options.items()) and not given.get("dtype") else None
+    )
 
 
 def _lifted_constant(node: fx.Node) -> Expr | None:
@@ -141,7 +147,9 @@ def _lifted_constant(node: fx.Node) -> Expr | None:
     value = getattr(node.graph.owning_module, source.target, None)
     if isinstance(value, torch._subclasses.FakeTensor):
         value = value.constant
-    return constant(value.item(), value.dtype) if isinstance(value, torch.Tensor) and value.dim() == 0 else None
+    return (
+        constant(value.item(), value.dtype) if isinstance(value, torch.Tensor) and value.dim() == 0 else None
+    )
 
 
 def _storages(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, list[int]]]:
@@ -173,4 +181,6 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
         return []
     positional, keywords = bound_args(node)
     given = dict(zip((a.name for a in schema.arguments), positional, strict=False), **keywords)
-    return [given[a.name] for a in schema.arguments if a.alias_info and isinstance(given.get(a.name), fx.Node)]
+    return [
+        given[a.name] for a in schema.arguments if a.alias_info and isinstance(given.get(a.name), fx.Node)
+    ]

@@ -178,7 +178,9 @@ def _index(out, x, indices):
     if any(i.fake.dtype not in (torch.int64, torch.int32) for i in chosen):
         return None
     width = max(len(i.shape) for i in chosen)
-    at = places[0] if places == list(range(places[0], places[-1] + 1)) else 0  # torch puts split indices first
+    at = (
+        places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+    )  # torch puts split indices first
     rest = [d for d in range(len(x.shape)) if d not in places]
     mapping = {d: Affine.dim(i if i < at else i + width) for i, d in enumerate(rest)}
     for d, value in zip(places, chosen, strict=True):
@@ -247,7 +249,11 @@ def _with_alpha(name: str, flip: bool = False) -> Callable[..., Expr | None]:
 
 
 def _div(out, a, b, rounding_mode=None):
-    return RULES["floor_divide"](out, a, b) if rounding_mode == "floor" and not out.dtype.is_floating_point else None
+    return (
+        RULES["floor_divide"](out, a, b)
+        if rounding_mode == "floor" and not out.dtype.is_floating_point
+        else None
+    )
 
 
 def _chosen(x: Any, out: torch.Tensor) -> Expr | None:

@@ -67,7 +67,9 @@ def padding_guards(analysis: Analysis) -> Guards:
         if isinstance(found, _Taint):
             taints[node] = found
             continue
-        groups = found if found is not None else [g for t in sources.values() if t is not None for g in t.groups]
+        groups = (
+            found if found is not None else [g for t in sources.values() if t is not None for g in t.groups]
+        )
         if any(not g for g in groups):
             guards.refusal = Unsupported(
                 "padding_read", node, f"`{node.target}` reads padding that nothing masks, so padding is kept"
@@ -113,7 +115,11 @@ def _layout_after(node: fx.Node, sources: dict[fx.Node, _Taint | None]) -> Token
     import torch
 
     rule = RULES.get(node.target)
-    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+    if (
+        rule is None
+        and isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.pointwise in node.target.tags
+    ):
         rule = pointwise_rule
     if rule is None:
         return None
@@ -131,7 +137,11 @@ def _layout_after(node: fx.Node, sources: dict[fx.Node, _Taint | None]) -> Token
 
     args, kwargs = bound_args(node)
     result = val(node)
-    found = rule(Op(node, result, "shared", before_mixer=True), *operand(args), **{k: operand(v) for k, v in kwargs.items()})
+    found = rule(
+        Op(node, result, "shared", before_mixer=True),
+        *operand(args),
+        **{k: operand(v) for k, v in kwargs.items()},
+    )
     if isinstance(found, Unsupported) or isinstance(found.layout, tuple) or found.action not in _KEEPS_TOKENS:
         return None
     return found.layout

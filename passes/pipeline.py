@@ -51,7 +51,10 @@ Pass = Callable[[Compilation], None]
 
 
 def run_passes(
-    passes: Sequence[Pass], compilation: Compilation, disabled: Sequence[str] = (), dump_dir: str | None = None
+    passes: Sequence[Pass],
+    compilation: Compilation,
+    disabled: Sequence[str] = (),
+    dump_dir: str | None = None,
 ) -> Compilation:
     """Run `passes` until one gives a reason to fall back. An exception is a reason too, and is kept in `errors`."""
     for number, run in enumerate(passes):
@@ -69,7 +72,11 @@ def run_passes(
             compilation.errors.append(error)
             kind = "trace_failed" if compilation.aten is None else "internal_error"
             text = f"{name} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            compilation.refuse(Unsupported(kind, None, text, "please report it, with the model" if kind != "trace_failed" else ""))
+            compilation.refuse(
+                Unsupported(
+                    kind, None, text, "please report it, with the model" if kind != "trace_failed" else ""
+                )
+            )
         compilation.seconds[name] = time.perf_counter() - started
         if compilation.reasons:
             break

@@ -19,7 +19,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, is_mode_switch, is_tensor, mutated_args, requires_grad, same_size, shape, val
+from .graph import (
+    aten,
+    bound_args,
+    is_mode_switch,
+    is_tensor,
+    mutated_args,
+    requires_grad,
+    same_size,
+    shape,
+    val,
+)
 from .layout import POSITION, ROW, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, RULES, STREAM, WEIGHT, Op, Operand, Outcome, pointwise_rule
@@ -75,7 +85,9 @@ class Analysis:
     def late_reasons(self) -> list[Unsupported]:
         """Why late values aren't packed: the roots."""
         roots = {v.reason.node: v.reason for v in self.values.values() if v.kind == LATE and v.reason}
-        generic = Unsupported("token_mixing", None, "most of the work follows an operation on unpacked tokens")
+        generic = Unsupported(
+            "token_mixing", None, "most of the work follows an operation on unpacked tokens"
+        )
         return list(roots.values()) or self.roots or [generic]
 
     def _work(self, kind: str) -> int:
@@ -137,10 +149,19 @@ def find_seeds(graph: fx.Graph) -> Seeds | Unsupported:
     floats = [n for n in graph.nodes if n in data and _is_float_tokens(n) and n.op == "placeholder"]
     sizes = [shape(n.args[1]) for n in by_ids] or [shape(n)[:2] for n in floats]
     if not sizes:
-        return Unsupported("no_token_stream", None, "no 2-D integer input indexes an embedding, and no float [N, S, d] input enters the model")
+        return Unsupported(
+            "no_token_stream",
+            None,
+            "no 2-D integer input indexes an embedding, and no float [N, S, d] input enters the model",
+        )
     if any(not (same_size(s[0], sizes[0][0]) and same_size(s[1], sizes[0][1])) for s in sizes):
         where = (by_ids or floats)[-1]
-        return Unsupported("ambiguous_seed", where, "inputs of different shapes look like batches of tokens", "compile the parts with one sequence each")
+        return Unsupported(
+            "ambiguous_seed",
+            where,
+            "inputs of different shapes look like batches of tokens",
+            "compile the parts with one sequence each",
+        )
     whole = Selection(*sizes[0])
     layouts: dict[fx.Node, TokenLayout] = {}
     for node in lookups:
@@ -155,7 +176,9 @@ def find_seeds(graph: fx.Graph) -> Seeds | Unsupported:
 
 def _index_dims(sizes: tuple[Any, ...], whole: Selection, is_ids: bool) -> tuple[Dim, ...] | None:
     """Dims of an embedding's index: ids, or a guess for position tables (a wrong one can't meet the stream)."""
-    if is_ids or (len(sizes) == 2 and same_size(sizes[0], whole.rows) and same_size(sizes[1], whole.positions)):
+    if is_ids or (
+        len(sizes) == 2 and same_size(sizes[0], whole.rows) and same_size(sizes[1], whole.positions)
+    ):
         return ((ROW,), (POSITION,))
     if sizes and same_size(sizes[-1], whole.positions) and all(same_size(s, 1) for s in sizes[:-1]):
         return (*((),) * (len(sizes) - 1), (POSITION,))
@@ -241,7 +264,9 @@ class _Walk:
         if node in self.inputs_only or is_mode_switch(node):
             return self._written(node) or Value(PROLOGUE)
         if node.op in ("placeholder", "get_attr"):
-            return Value(WEIGHT if _is_state(node) else PROLOGUE)  # an input that requires grad may still be a column
+            return Value(
+                WEIGHT if _is_state(node) else PROLOGUE
+            )  # an input that requires grad may still be a column
         kinds = {self.out.kind(n) for n in node.all_input_nodes}
         if LATE in kinds:
             return self._late(node, kinds)
@@ -260,7 +285,11 @@ class _Walk:
             base = _base_of(target)
             if base.op == "placeholder" or self.out.kind(base) != PROLOGUE or node not in self.inputs_only:
                 renorm = node.target is aten.embedding_renorm_.default
-                kind, hint = ("embedding_gradient", "unset max_norm") if renorm else ("mutation", "write it out of place")
+                kind, hint = (
+                    ("embedding_gradient", "unset max_norm")
+                    if renorm
+                    else ("mutation", "write it out of place")
+                )
                 reason = Unsupported(kind, node, f"`{node.target}` writes into {_owner(base)}", hint)
                 self._note(reason)
                 return Value(LATE, reason=reason)
@@ -281,7 +310,12 @@ class _Walk:
         weight, index, _, scale_by_freq, sparse = bound_args(node)[0]
         if scale_by_freq or sparse:
             hint = "turn scale_grad_by_freq and sparse off"
-            return Value(LATE, reason=Unsupported("embedding_gradient", node, "the gradient counts how often a token occurs", hint))
+            return Value(
+                LATE,
+                reason=Unsupported(
+                    "embedding_gradient", node, "the gradient counts how often a token occurs", hint
+                ),
+            )
         outcome = Outcome(layout, {index: layout.dims[:-1]}, action="lookup")
         return Value(STREAM, (layout,), outcome)
 
@@ -299,7 +333,11 @@ class _Walk:
             if self.survey and like is not None and self._is_early(node):
                 return Value(STREAM, (like,), reason=found.at(node))
             return Value(LATE, reason=found.at(node))
-        if found.action == "gather_entries" or found.action.endswith("loss") or found.action.startswith("nll_loss"):
+        if (
+            found.action == "gather_entries"
+            or found.action.endswith("loss")
+            or found.action.startswith("nll_loss")
+        ):
             return Value(LATE, outcome=found)
         if found.columns and not self._is_early(node):
             return Value(LATE)  # a late column: it must not split the tree, so tokens are unpacked here
@@ -308,7 +346,11 @@ class _Walk:
 
     def _keeps_shape(self, node: fx.Node) -> TokenLayout | None:
         """The layout of a stream argument that has the result's shape."""
-        same = (n for n in node.all_input_nodes if self.out.kind(n) == STREAM and shape(n) == shape(node) and shape(n))
+        same = (
+            n
+            for n in node.all_input_nodes
+            if self.out.kind(n) == STREAM and shape(n) == shape(node) and shape(n)
+        )
         return next((self.out.values[n].layout for n in same), None)
 
     def _outcome(self, node: fx.Node) -> Outcome | Unsupported:
@@ -321,7 +363,9 @@ class _Walk:
         if rule is None and torch.Tag.pointwise in tags:
             rule = pointwise_rule
         if rule is None:
-            return Unsupported("unknown_op", node, f"`{node.target}` has no rule", "docs/rules.md tells how to add one")
+            return Unsupported(
+                "unknown_op", node, f"`{node.target}` has no rule", "docs/rules.md tells how to add one"
+            )
         args, kwargs = bound_args(node)
         op = Op(node, val(node), self.dropout, self._is_early(node), self.selections)
         found = rule(op, *self._operands(args), **self._operands(kwargs))
@@ -329,7 +373,9 @@ class _Walk:
             return found
         symbolic = _symbolic_argument(args, kwargs)
         if symbolic is not None and found.action == "emit":
-            return Unsupported("size_as_number", node, f"`{node.target}` takes the batch's size {symbolic} as a number")
+            return Unsupported(
+                "size_as_number", node, f"`{node.target}` takes the batch's size {symbolic} as a number"
+            )
         return found
 
     def _operands(self, arg: Any) -> Any:
@@ -393,7 +439,11 @@ def _wanted_tables(analysis: Analysis, known: dict[fx.Node, int]) -> dict[fx.Nod
         if reason is None or reason.kind != "row_layout" or reason.operand is None:
             continue
         node: Any = reason.operand
-        while isinstance(node, fx.Node) and node.target in (aten.unsqueeze.default, aten.to.dtype, aten.expand.default):
+        while isinstance(node, fx.Node) and node.target in (
+            aten.unsqueeze.default,
+            aten.to.dtype,
+            aten.expand.default,
+        ):
             node = node.args[0]
         if isinstance(node, fx.Node) and node.target is aten.slice.Tensor and analysis.kind(node) == WEIGHT:
             args = bound_args(node)[0]

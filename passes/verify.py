@@ -46,12 +46,18 @@ def fake_inputs(
                 made.append(like)
                 continue
             if any(not isinstance(s, int) for s in like.shape):
-                return Unsupported("size_as_number", source, "a value whose size depends on the batch is used for every token")
+                return Unsupported(
+                    "size_as_number",
+                    source,
+                    "a value whose size depends on the batch is used for every token",
+                )
             made.append(_empty(like.shape, like.dtype, like.device, requires_grad(source)))
         elif spec.kind == "column":
             source = graphs.results[spec.index]
             like = val(source)
-            made.append(_empty(column_shape(spec.dims, tokens), like.dtype, like.device, requires_grad(source)))
+            made.append(
+                _empty(column_shape(spec.dims, tokens), like.dtype, like.device, requires_grad(source))
+            )
         elif spec.kind == "segments":
             made.append(torch.empty((segments, 5), dtype=torch.int64, device="cpu"))
         elif spec.kind == "data_mask":

@@ -1,9 +1,9 @@
 """Dynamo's backend: a graph in, a callable out, and which path a call takes.
 
-    call ──► prologue ──► plan ──► worth it? ──► packed graph ──► late graph ──► outputs
-                            │          └── no ──► the original through the inner compiler
-                            └── not causal, empty, … ──► the same, with a reason
-    a graph that can't be packed ──► the original, eager (or `fallback="inner"`)
+call ──► prologue ──► plan ──► worth it? ──► packed graph ──► late graph ──► outputs
+                        │          └── no ──► the original through the inner compiler
+                        └── not causal, empty, … ──► the same, with a reason
+a graph that can't be packed ──► the original, eager (or `fallback="inner"`)
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def pgcompile(
     chosen = Options.of(options, mode)
     with compile_lock:
         compilation = run_passes(
-            PASSES, Compilation(gm, chosen.dropout, collector is not None, chosen.engine), chosen.disable_passes, chosen.dump_dir
+            PASSES,
+            Compilation(gm, chosen.dropout, collector is not None, chosen.engine),
+            chosen.disable_passes,
+            chosen.dump_dir,
         )
     report = _graph_report(compilation, chosen)
     if collector is not None:
@@ -81,7 +84,9 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
     for match in compilation.matches:
         q = match.q.meta["val"]
         engine, why = choose(options.engine, q.device, q.dtype)
-        report.attention.append(AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why))
+        report.attention.append(
+            AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why)
+        )
     if compilation.guards.refusal is not None:
         report.notes.append(FallbackReason.of(compilation.guards.refusal))
     return report
@@ -91,7 +96,11 @@ class PackedCall:
     """A graph that can be packed: plans each batch and runs it packed, or dense with a reason."""
 
     def __init__(self, compilation: Compilation, options: Options, collector: Collector | None) -> None:
-        assert compilation.graphs is not None and compilation.aten is not None and compilation.analysis is not None
+        assert (
+            compilation.graphs is not None
+            and compilation.aten is not None
+            and compilation.analysis is not None
+        )
         self.graphs: PackedGraphs = compilation.graphs
         self.aten = compilation.aten
         self.options, self.collector = options, collector
@@ -131,7 +140,11 @@ class PackedCall:
             results = self.graphs.prologue(*args)
             plan = build_plan(self.graphs, results, keep_all=self.options.min_saving == 0)
         report.rows, report.positions = plan.rows, plan.positions
-        report.dense_tokens, report.valid_tokens, report.packed_tokens = plan.dense_tokens, plan.valid_tokens, plan.tokens
+        report.dense_tokens, report.valid_tokens, report.packed_tokens = (
+            plan.dense_tokens,
+            plan.valid_tokens,
+            plan.tokens,
+        )
         report.segments, report.depth = plan.tree.num_segments, plan.tree.max_segment_depth
         report.dense_pairs, report.packed_pairs = plan.dense_pairs, plan.packed_pairs
         report.saving = self.cost.saving(plan)
@@ -141,13 +154,20 @@ class PackedCall:
         )  # fmt: skip
         wanted = MIN_SAVING if self.options.min_saving is None else self.options.min_saving
         if self.options.min_saving != 0 and report.saving < wanted:
-            raise DenseCall("not_worth_it", f"packing would save {report.saving:.0%} of the work, less than {wanted:.0%}")
+            raise DenseCall(
+                "not_worth_it", f"packing would save {report.saving:.0%} of the work, less than {wanted:.0%}"
+            )
         return results, plan
 
-    def _prepare(self, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> tuple[Callable[..., Any], list[Any]]:
+    def _prepare(
+        self, args: Sequence[Any], results: Sequence[Any], plan: Plan
+    ) -> tuple[Callable[..., Any], list[Any]]:
         inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
         if plan.tokens == 1:
-            return self.graphs.packed, inputs  # sizes of 1 are special to compilers, and there is nothing to gain
+            return (
+                self.graphs.packed,
+                inputs,
+            )  # sizes of 1 are special to compilers, and there is nothing to gain
         mode = modes()
         family = self.families.get(mode)
         if family is None:
@@ -172,7 +192,12 @@ class PackedCall:
         return self.graphs.late(*(sources[source][index] for source, index in self.graphs.late_inputs))
 
     def _run_dense(
-        self, args: Sequence[Any], report: BatchReport, kind: str, text: str, error: BaseException | None = None
+        self,
+        args: Sequence[Any],
+        report: BatchReport,
+        kind: str,
+        text: str,
+        error: BaseException | None = None,
     ) -> Any:
         reason = FallbackReason.of(Unsupported(kind, None, text))
         report.decision, report.why = "dense", str(reason)
@@ -217,5 +242,7 @@ def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
 def _pass_through(error: BaseException) -> None:
     """Out of memory and device errors are the caller's: running the original would only hide them."""
     accelerator_error = getattr(torch, "AcceleratorError", None)
-    if isinstance(error, torch.OutOfMemoryError) or (accelerator_error and isinstance(error, accelerator_error)):
+    if isinstance(error, torch.OutOfMemoryError) or (
+        accelerator_error and isinstance(error, accelerator_error)
+    ):
         raise error

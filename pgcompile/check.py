@@ -31,13 +31,20 @@ def compare(gm: fx.GraphModule, args: Sequence[Any], outputs: Any, plan: Plan) -
     """
     expected = tree_leaves(gm(*args))
     found = tree_leaves(outputs)
-    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if isinstance(e, Tensor) and e.is_floating_point()]
+    pairs = [
+        (f, e)
+        for f, e in zip(found, expected, strict=True)
+        if isinstance(e, Tensor) and e.is_floating_point()
+    ]
     weights = [_weights(e, plan) for _, e in pairs]
     for i, ((f, e), w) in enumerate(zip(pairs, weights, strict=True)):
         _compare(f"output {i}", f * (w != 0), e * (w != 0))
     trained = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     if torch.is_grad_enabled() and trained and any(e.requires_grad for _, e in pairs):
-        losses = [sum((v * w).sum() for v, w in zip(side, weights, strict=True) if v.requires_grad) for side in zip(*pairs, strict=True)]
+        losses = [
+            sum((v * w).sum() for v, w in zip(side, weights, strict=True) if v.requires_grad)
+            for side in zip(*pairs, strict=True)
+        ]
         grads = [torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) for loss in losses]  # type: ignore[arg-type]
         for i, (f, e) in enumerate(zip(*grads, strict=True)):
             if f is not None and e is not None:
@@ -59,4 +66,6 @@ def _compare(what: str, found: Tensor, expected: Tensor) -> None:
     scale = expected.double().norm()
     tolerance = TOLERANCE.get(expected.dtype, 1e-4)
     if not bool(error <= tolerance * scale + 1e-12):
-        raise CheckError(f"{what}: packed differs from the original by {error / scale:.2e} (relative L2), more than {tolerance:.0e}")
+        raise CheckError(
+            f"{what}: packed differs from the original by {error / scale:.2e} (relative L2), more than {tolerance:.0e}"
+        )

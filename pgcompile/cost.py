@@ -43,6 +43,8 @@ def count_work(analysis: Analysis, graphs: PackedGraphs) -> Cost:
     per_pair = 0
     for match in graphs.matches:
         q, v = val(match.q).shape, val(match.v).shape
-        heads = math.prod(f for dim in analysis.values[match.q].layout.dims[:-2] for f in dim if isinstance(f, int))
+        heads = math.prod(
+            f for dim in analysis.values[match.q].layout.dims[:-2] for f in dim if isinstance(f, int)
+        )
         per_pair += heads * (int(q[-1]) + int(v[-1]))
     return Cost(max(per_token, 1), per_pair)

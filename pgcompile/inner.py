@@ -172,7 +172,9 @@ def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
 def modes() -> tuple[Any, ...]:
     """What the inner compiler bakes in: grad mode, autocast, determinism."""
     autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        (device, torch.get_autocast_dtype(device))
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
     )
     return (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast,
@@ -213,7 +215,9 @@ class DenseGraph:
         for i, (arg, example) in enumerate(zip(args, examples, strict=True)):
             source = ConstantSource(f"arg_{i}")
             if isinstance(arg, torch.Tensor):
-                dynamic = [DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in example.shape]
+                dynamic = [
+                    DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in example.shape
+                ]
                 context = StatelessSymbolicContext(dynamic_sizes=dynamic)
                 fakes.append(mode.from_tensor(arg, symbolic_context=context, source=source))
             elif isinstance(example, torch.SymInt):

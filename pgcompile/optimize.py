@@ -45,11 +45,15 @@ def _optimize(target: Any, options: Options) -> Any:
         return target
     if isinstance(target, type):
         if not issubclass(target, torch.nn.Module):
-            raise TypeError(f"optimize takes a function, an nn.Module class or instance, not the class {target.__name__}")
+            raise TypeError(
+                f"optimize takes a function, an nn.Module class or instance, not the class {target.__name__}"
+            )
         target.forward = torch.compile(target.forward, backend=backend)  # type: ignore[method-assign]
         return target
     if not callable(target):
-        raise TypeError(f"optimize takes a function, an nn.Module class or instance, not {type(target).__name__}")
+        raise TypeError(
+            f"optimize takes a function, an nn.Module class or instance, not {type(target).__name__}"
+        )
     return torch.compile(target, backend=backend)
 
 

@@ -59,12 +59,16 @@ class Options:
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict must be True or False, not {self.strict!r}")
         saving = self.min_saving
-        if saving is not None and (isinstance(saving, bool) or not isinstance(saving, (int, float)) or not 0 <= saving <= 1):
+        if saving is not None and (
+            isinstance(saving, bool) or not isinstance(saving, (int, float)) or not 0 <= saving <= 1
+        ):
             raise ValueError(f"min_saving must be None or a number from 0 to 1, not {saving!r}")
         if isinstance(self.check, bool) or not isinstance(self.check, int) or self.check < 0:
             raise ValueError(f"check must be a number of batches, 0 or more, not {self.check!r}")
         if isinstance(self.disable_passes, str):
-            raise ValueError(f"disable_passes must be a list of names, not the string {self.disable_passes!r}")
+            raise ValueError(
+                f"disable_passes must be a list of names, not the string {self.disable_passes!r}"
+            )
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
         from .passes import PASSES
 

@@ -84,7 +84,9 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     if n == 0 or s == 0:
         raise DenseCall("empty_batch", f"a batch of {n} rows and {s} positions has no token")
     device = results[first_index].device
-    checked = [_check_data_mask(results[i], additive, negated, n, s) for i, additive, negated in graphs.data_masks]
+    checked = [
+        _check_data_mask(results[i], additive, negated, n, s) for i, additive, negated in graphs.data_masks
+    ]
     data_valid = [valid for valid, _ in checked]
     valid = [
         torch.stack([data_valid[-1 - i] if i < 0 else results[i].bool().expand(n, s) for i in group]).all(0)
@@ -93,7 +95,9 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     ]
     droppable = _droppable(graphs, results, valid, n, s)
     columns, wide = _key_columns(graphs, results, data_valid, n, s)
-    host = _to_host([*columns, *(fingerprint(w) for w in wide), *([droppable] if droppable is not None else [])])
+    host = _to_host(
+        [*columns, *(fingerprint(w) for w in wide), *([droppable] if droppable is not None else [])]
+    )
     dropped = host.pop().astype(bool) if droppable is not None else None
     first, end = _kept_range(dropped, n, s)
     tree = build_prefix_tree(encode_columns(host, (n, s)), first, end, 0 if keep_all else MIN_SHARED)
@@ -109,7 +113,13 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
 
 
 def _on_device(
-    tree: PrefixTree, n: int, s: int, first: np.ndarray, end: np.ndarray, device: torch.device, data_valid: list[Tensor]
+    tree: PrefixTree,
+    n: int,
+    s: int,
+    first: np.ndarray,
+    end: np.ndarray,
+    device: torch.device,
+    data_valid: list[Tensor],
 ) -> Plan:
     def move(a: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(a)).to(device)
@@ -178,7 +188,11 @@ def _bits(value: Tensor) -> Tensor:
     """Floats as the integers that have their bits, so that -0.0 and 0.0 differ and NaN equals itself."""
     if value.is_complex():
         value = torch.view_as_real(value).flatten(-2)
-    return value.contiguous().view(_INTEGER_OF_SIZE[value.element_size()]) if value.is_floating_point() else value
+    return (
+        value.contiguous().view(_INTEGER_OF_SIZE[value.element_size()])
+        if value.is_floating_point()
+        else value
+    )
 
 
 def fingerprint(column: Tensor) -> Tensor:
@@ -220,7 +234,9 @@ def _droppable(
     return droppable
 
 
-def _is_off(graphs: PackedGraphs, results: Sequence[Tensor], index: int, factor: Any, n: int, s: int) -> Tensor:
+def _is_off(
+    graphs: PackedGraphs, results: Sequence[Tensor], index: int, factor: Any, n: int, s: int
+) -> Tensor:
     """bool [N, S]: where the factor switches tokens off; tokens that its selection doesn't have are off."""
     rows, positions = torch.arange(n), torch.arange(s)
     flat = (rows[:, None] * s + positions).to(results[index].device)
@@ -231,7 +247,11 @@ def _is_off(graphs: PackedGraphs, results: Sequence[Tensor], index: int, factor:
         off = rows_first(results[index], dims, selected.shape[0], 1)[:, 0]
     else:
         off = rows_first(results[index], factor.dims, *selected.shape)
-    off = (off == factor.off).flatten(selected.dim()).all(-1) if off.dim() > selected.dim() else off == factor.off
+    off = (
+        (off == factor.off).flatten(selected.dim()).all(-1)
+        if off.dim() > selected.dim()
+        else off == factor.off
+    )
     out = torch.ones(n * s, dtype=torch.bool, device=off.device)
     out[selected.reshape(-1)] = off.reshape(-1)
     return out.view(n, s)
@@ -260,7 +280,9 @@ def _kept_range(dropped: np.ndarray | None, n: int, s: int) -> tuple[np.ndarray,
 def _refuse_fully_masked(graphs: PackedGraphs, valid: list[Tensor], plan: Plan) -> None:
     """A kept token that is masked from everything: softmax would attend to all keys, later ones included."""
     kept = plan.class_of >= 0
-    for keys, match in zip(valid, (m for m, g in zip(graphs.matches, graphs.key_valid, strict=True) if g), strict=True):
+    for keys, match in zip(
+        valid, (m for m, g in zip(graphs.matches, graphs.key_valid, strict=True) if g), strict=True
+    ):
         if match.masked_is_zero and match.formula.minus_inf:
             continue  # zero in the original and here
         hole = kept & ~keys
@@ -293,7 +315,9 @@ def _check_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int
         allowed = ~mask.bool() if negated else mask.bool()
     allowed = allowed[(None,) * (4 - allowed.dim())]
     if allowed.shape[-2:] != (s, s) or allowed.shape[0] not in (1, n):
-        raise DenseCall("batch_mask", f"the mask has the shape {list(mask.shape)} for {n} rows of {s} positions")
+        raise DenseCall(
+            "batch_mask", f"the mask has the shape {list(mask.shape)} for {n} rows of {s} positions"
+        )
     if not bool((allowed == allowed[:, :1]).all()):
         raise DenseCall("batch_mask", "the mask that was given differs between heads")
     allowed = allowed[:, 0]

@@ -84,7 +84,11 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: fit for JSON."""
-        return {"status": self.status, "graphs": [asdict(g) for g in self.graphs], "batches": [asdict(b) for b in self.batches]}
+        return {
+            "status": self.status,
+            "graphs": [asdict(g) for g in self.graphs],
+            "batches": [asdict(b) for b in self.batches],
+        }
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -100,7 +104,14 @@ class Explanation:
         console.print(f"[bold]pgcompile: {self.status}[/bold]")
         for i, graph in enumerate(self.graphs):
             if graph.attention:
-                table = Table("attention", "spelling", "mask", "engine", title=f"graph {i}: {graph.status}", title_justify="left")
+                table = Table(
+                    "attention",
+                    "spelling",
+                    "mask",
+                    "engine",
+                    title=f"graph {i}: {graph.status}",
+                    title_justify="left",
+                )
                 for group, names in _alike(graph.attention):
                     table.add_row(names, group.spelling, group.mask, group.engine)
                 console.print(table)
@@ -113,7 +124,17 @@ class Explanation:
                 if reason.hint:
                     console.print(f"    hint: {reason.hint}", markup=False)
         if self.batches:
-            names = ("rows", "positions", "dense_tokens", "valid_tokens", "packed_tokens", "segments", "depth", "saving", "decision")
+            names = (
+                "rows",
+                "positions",
+                "dense_tokens",
+                "valid_tokens",
+                "packed_tokens",
+                "segments",
+                "depth",
+                "saving",
+                "decision",
+            )
             table = Table(*(n.replace("_", " ") for n in names), title="batches", title_justify="left")
             for batch in self.batches:
                 cells = [getattr(batch, n) for n in names]
@@ -129,4 +150,6 @@ def _alike(attention: list[AttentionReport]) -> list[tuple[AttentionReport, str]
     groups: dict[tuple[str, ...], list[AttentionReport]] = {}
     for a in attention:
         groups.setdefault((a.spelling, a.mask, a.engine), []).append(a)
-    return [(g[0], g[0].node if len(g) == 1 else f"{g[0].node} and {len(g) - 1} more") for g in groups.values()]
+    return [
+        (g[0], g[0].node if len(g) == 1 else f"{g[0].node} and {len(g) - 1} more") for g in groups.values()
+    ]

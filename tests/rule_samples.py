@@ -81,7 +81,9 @@ class Sample:
     shape_only: bool = False
 
     def __repr__(self) -> str:
-        marks = (" late" if self.late else "") + (f" dropout={self.dropout}" if self.dropout != "fallback" else "")
+        marks = (" late" if self.late else "") + (
+            f" dropout={self.dropout}" if self.dropout != "fallback" else ""
+        )
         return f"{self.call}{marks} {'packs' if self.packs else 'is refused'}"
 
 
@@ -166,10 +168,17 @@ packs(aten.mul.Tensor, stream("N", "S", 6), stream(1, "S", 6))
 packs(aten.mul.Tensor, stream("N*3", "S", 4), stream("S", 4))
 packs(aten.where.self, column("N", "S", 1, **bools), stream("N", "S", 6), stream("N", "S", 6))
 packs(aten.masked_fill.Scalar, stream("N", "S", 6), column("N", "S", 1, **bools), 0.0)
-refuses(aten.mul.Tensor, stream("N", "S", 6), weight(lambda n, s: s, 6), conservative="read as a table by the walk")
+refuses(
+    aten.mul.Tensor,
+    stream("N", "S", 6),
+    weight(lambda n, s: s, 6),
+    conservative="read as a table by the walk",
+)
 refuses(aten.mul.Tensor, stream("N", "S"), stream("S", "N"), late=True)
 refuses(aten.add.Tensor, stream("N", 1, "S"), stream("N", "S", 1))
-refuses(aten.add.Tensor, call(aten.slice.Tensor, stream("N", "S", 6), 1, 0, 1), stream("N", "S", 6), late=True)
+refuses(
+    aten.add.Tensor, call(aten.slice.Tensor, stream("N", "S", 6), 1, 0, 1), stream("N", "S", 6), late=True
+)
 refuses(
     aten.add.Tensor, call(aten.slice.Tensor, x := stream("N", "S", 6), 1, 0, 2), call(aten.slice.Tensor, x, 1, 1, 3),
     late=True,
@@ -193,7 +202,11 @@ def pointwise_samples() -> Iterator[Sample]:
     for op, rule in RULES.items():
         takes_tensor = any(str(a.type) == "Tensor" for a in op._schema.arguments)
         if rule is pointwise_rule and op not in special and takes_tensor:
-            args = [_argument(op, a) for a in op._schema.arguments if not a.has_default_value() and not a.kwarg_only]
+            args = [
+                _argument(op, a)
+                for a in op._schema.arguments
+                if not a.has_default_value() and not a.kwarg_only
+            ]
             yield Sample(Call(op, tuple(args)), True)
     for options in (dict(dtype=torch.float64), dict()):
         yield Sample(Call(aten._to_copy.default, (stream("N", "S", 6),), options), True)
@@ -211,7 +224,9 @@ def _argument(op: Any, arg: Any) -> Any:
         return stream("N", "S", 6, **(complexes if name == "imag" else {}))
     if "dtype" in arg.name:
         return torch.float64
-    return 2 if name.startswith("__") else 0.5 if "Scalar" in str(arg.type) or "number" in str(arg.type) else 1
+    return (
+        2 if name.startswith("__") else 0.5 if "Scalar" in str(arg.type) or "number" in str(arg.type) else 1
+    )
 
 
 SAMPLES.extend(pointwise_samples())
@@ -236,7 +251,9 @@ packs(aten.ones_like.default, stream("N", "S", 6), dtype=torch.float32)
 packs(aten.empty_like.default, stream("N", "S", 6), shape_only=True)
 for dims, d, verdict in each_dim([t for t in TOKENS if 1 not in t]):
     if not is_token(dims[d]):
-        verdict(aten.glu.default, stream(*(2 * x if i == d % len(dims) else x for i, x in enumerate(dims))), d)
+        verdict(
+            aten.glu.default, stream(*(2 * x if i == d % len(dims) else x for i, x in enumerate(dims))), d
+        )
 packs(aten.squeeze.dim, call(aten.glu.default, stream("N", "S", 2), -1), -1)
 refuses(aten.glu.default, call(aten.slice.Tensor, stream("N", "S", 6), 1, 0, 2), 1, late=True)
 
@@ -288,7 +305,12 @@ packs(aten.unflatten.int, stream("N", "S", 12), -1, [3, -1])
 packs(aten.unflatten.int, stream("N*S", 6), 0, lambda n, s: [n, s])
 packs(aten.view_as.default, stream("N", "S", 12), stream("N", "S", 3, 4))
 packs(aten.reshape_as.default, stream("N*S", 12), stream("N", "S", 3, 4))
-refuses(aten.view_as.default, data(lambda n, s: n * s * 6), stream("N", "S", 6), conservative="no layout to start from")
+refuses(
+    aten.view_as.default,
+    data(lambda n, s: n * s * 6),
+    stream("N", "S", 6),
+    conservative="no layout to start from",
+)
 refuses(aten.reshape_as.default, stream("N", "S", 6), stream("S", "N", 6))
 for dims in TOKENS + TABLES:
     for d in range(-len(dims) - 1, len(dims) + 1):
@@ -319,7 +341,9 @@ packs(aten.expand.default, stream(1, 1, "S", 4), lambda n, s: [n, 3, s, 4])
 packs(aten.broadcast_to.default, stream("N", 1, "S", 4), lambda n, s: [n, 3, s, 4])
 packs(aten.expand_as.default, stream("N", 1, "S", 4), stream("N", 3, "S", 4))
 packs(aten.expand_as.default, stream("S", 6), stream("N", "S", 6))
-refuses(aten.expand.default, stream("N", "S", 6), lambda n, s: [n, n, s, 6], conservative="repeats rows for rows")
+refuses(
+    aten.expand.default, stream("N", "S", 6), lambda n, s: [n, n, s, 6], conservative="repeats rows for rows"
+)
 refuses(aten.expand_as.default, data(6), stream("N", "S", 6), conservative="no layout to start from")
 for dims, d, verdict in each_dim():
     verdict(aten.cat.default, [stream(*dims), stream(*dims)], d)
@@ -330,12 +354,22 @@ for dims, d, verdict in each_dim():
         refuses(aten.unbind.int, stream(*dims), d, late=True)
 packs(aten.cat.default, [data(0), stream("N", 3, "S", 4)], 2)
 packs(aten.concat.default, [column("N", "S", 6), stream("N", "S", 6)], -1)
-refuses(aten.cat.default, [stream("N", "S", 6), weight(lambda n, s: n, lambda n, s: s, 6)], -1, conservative="a table")
+refuses(
+    aten.cat.default,
+    [stream("N", "S", 6), weight(lambda n, s: n, lambda n, s: s, 6)],
+    -1,
+    conservative="a table",
+)
 refuses(aten.cat.default, [stream("N", "S"), stream("S", "N")], 1)
 for dims in TOKENS + TABLES:
     for d in range(-len(dims) - 1, len(dims) + 1):
         packs(aten.stack.default, [stream(*dims), stream(*dims)], d)
-refuses(aten.stack.default, [stream("N", "S", 6), data(lambda n, s: n, lambda n, s: s, 6)], 0, conservative="no layout")
+refuses(
+    aten.stack.default,
+    [stream("N", "S", 6), data(lambda n, s: n, lambda n, s: s, 6)],
+    0,
+    conservative="no layout",
+)
 refuses(
     aten.stack.default, [call(aten.slice.Tensor, x := stream("N", "S", 6), 1, 0, 2), call(aten.slice.Tensor, x, 1, 1, 3)], 0,
     late=True,
@@ -361,7 +395,13 @@ for dims, d, verdict in each_dim():
     if verdict is packs:
         packs(aten.repeat_interleave.self_int, stream(*dims), 2, d)
     else:
-        refuses(aten.repeat_interleave.self_int, stream(*dims), 2, d, conservative="more tokens than the batch has")
+        refuses(
+            aten.repeat_interleave.self_int,
+            stream(*dims),
+            2,
+            d,
+            conservative="more tokens than the batch has",
+        )
 refuses(aten.repeat_interleave.self_int, stream("N", "S", 6), 2)
 
 # -- indexing.py -------------------------------------------------------------------------------------------------------
@@ -390,7 +430,9 @@ packs(aten.view.default, call(aten.select.int, stream("N", "S", 6), 1, -1), lamb
 packs(aten.slice.Tensor, call(aten.select.int, stream("N", "S", 6), 1, -1), 0, 1, None, late=True)
 packs(aten.slice.Tensor, call(aten.select.int, stream("N", "S", 6), 0, -1), 0, 1, None, late=True)
 refuses(aten.slice.Tensor, stream("N*S", 6), 0, 1, None, late=True)
-refuses(aten.select.int, stream("N*3", "S", 4), 1, -1, late=True, conservative="the row's dim holds heads, too")
+refuses(
+    aten.select.int, stream("N*3", "S", 4), 1, -1, late=True, conservative="the row's dim holds heads, too"
+)
 refuses(aten.select.int, stream("S", 6), 0, -1, late=True)
 refuses(aten.slice.Tensor, stream("S", 6), 0, 1, None, late=True)
 refuses(aten.select.int, call(aten.select.int, stream("N", "S", 6), 1, -1), 0, 0, late=True)
@@ -398,9 +440,19 @@ refuses(  # two cuts that begin alike
     aten.add.Tensor, call(aten.narrow.default, x := stream("N", "S", 6), 1, 0, 1), call(aten.narrow.default, x, 1, 0, 3),
     late=True,
 )  # fmt: skip
-packs(aten.add.Tensor, call(aten.narrow.default, x := stream("N", "S", 6), 1, 0, 3), call(aten.narrow.default, x, 1, 0, 3), late=True)
+packs(
+    aten.add.Tensor,
+    call(aten.narrow.default, x := stream("N", "S", 6), 1, 0, 3),
+    call(aten.narrow.default, x, 1, 0, 3),
+    late=True,
+)
 rows, places = dict(high=lambda n, s: n, **ints), dict(high=lambda n, s: s, **ints)
-packs(aten.index.Tensor, stream("N", "S", 6), [data(lambda n, s: n, **rows), data(lambda n, s: n, **places)], late=True)
+packs(
+    aten.index.Tensor,
+    stream("N", "S", 6),
+    [data(lambda n, s: n, **rows), data(lambda n, s: n, **places)],
+    late=True,
+)
 packs(aten.index.Tensor, stream("N", "S", 6), [data(7, **rows), data(7, **places)], late=True)
 packs(aten.index.Tensor, stream("N", "S", 6), [data(3, 1, **rows), data(2, **places)], late=True)
 packs(aten.index.Tensor, stream("N", "S", 6), [None, data(2, **places)], late=True)
@@ -415,10 +467,37 @@ for dims in (("N", "S", 6), ("N", "S", 3, 4), ("N*S", 6), ("S", "N", 6), ("N", 3
 for dims in (("N", "S", 6), ("N*S", 6), ("S*N", 6), ("S", "N", 6)):
     for entries in (1, 3):
         packs(aten.gather.default, stream(*dims), -1, late(*dims[:-1], entries, **ints), late=True)
-packs(aten.gather.default, call(aten.slice.Tensor, stream("N", "S", 6), 1, 1, None), -1, late("N", lambda n, s: s - 1, 1, **ints), late=True)
-refuses(aten.gather.default, stream("N*3", "S", 4), -1, late("N*3", "S", 1, **ints), late=True, conservative="labels by head")
-refuses(aten.gather.default, stream("S", 6), -1, late("S", 1, **ints), late=True, conservative="labels by position")
-refuses(aten.gather.default, stream("N", "S", 3, 4), -1, late("N", "S", 3, 1, **ints), late=True, conservative="labels by head")
+packs(
+    aten.gather.default,
+    call(aten.slice.Tensor, stream("N", "S", 6), 1, 1, None),
+    -1,
+    late("N", lambda n, s: s - 1, 1, **ints),
+    late=True,
+)
+refuses(
+    aten.gather.default,
+    stream("N*3", "S", 4),
+    -1,
+    late("N*3", "S", 1, **ints),
+    late=True,
+    conservative="labels by head",
+)
+refuses(
+    aten.gather.default,
+    stream("S", 6),
+    -1,
+    late("S", 1, **ints),
+    late=True,
+    conservative="labels by position",
+)
+refuses(
+    aten.gather.default,
+    stream("N", "S", 3, 4),
+    -1,
+    late("N", "S", 3, 1, **ints),
+    late=True,
+    conservative="labels by head",
+)
 for d in (0, 1):
     refuses(aten.gather.default, stream("N", "S", 6), d, column("N", "S", 6, high=1, **ints))
 refuses(aten.gather.default, stream("N", "S", 6), -1, data(2, 1, 1, **ints))
@@ -528,14 +607,25 @@ packs(aten.matmul.default, stream("N", 3, "S", 4), weight(3, 4, 2))
 packs(aten.matmul.default, weight(5, 6), stream("N", 6, "S"))
 refuses(aten.matmul.default, weight(lambda n, s: s, lambda n, s: s), stream("N", "S", 6))
 refuses(aten.matmul.default, column("N", 2, "S"), stream("N", "S", 6))
-refuses(aten.matmul.default, stream("N", "S", 6), column("N", 6, 4), conservative="a matrix per row, aligned with no position")
+refuses(
+    aten.matmul.default,
+    stream("N", "S", 6),
+    column("N", 6, 4),
+    conservative="a matrix per row, aligned with no position",
+)
 refuses(aten.matmul.default, stream("N", 6, "S"), stream("N", "S", 6))
 refuses(aten.matmul.default, stream("N", "S", 6), stream("S", 6, "N"))
 refuses(aten.bmm.default, stream("S", "N", 6), stream("S", 6, "N"))
 packs(aten.addmm.default, weight(5), stream("N*S", 6), weight(6, 5))
 packs(aten.addmm.default, stream("N*S", 5), stream("N*S", 6), weight(6, 5), beta=0.5, alpha=2)
 packs(aten.addmm.default, column("N*S", 5), stream("N*S", 6), weight(6, 5))
-refuses(aten.addmm.default, weight(lambda n, s: n * s, 5), stream("N*S", 6), weight(6, 5), conservative="a weight by token")
+refuses(
+    aten.addmm.default,
+    weight(lambda n, s: n * s, 5),
+    stream("N*S", 6),
+    weight(6, 5),
+    conservative="a weight by token",
+)
 refuses(aten.addmm.default, data(4), weight(3, lambda n, s: n * s), stream("N*S", 4))
 packs(aten.baddbmm.default, stream("N*S", 3, 2), stream("N*S", 3, 4), stream("N*S", 4, 2))
 packs(aten.baddbmm.default, column("N*S", 1, 2), stream("N*S", 3, 4), stream("N*S", 4, 2))
@@ -551,7 +641,12 @@ refuses(aten.einsum.default, "nsd->nd", [stream("N", "S", 6)])
 refuses(aten.einsum.default, "nsd,ms->nmd", [stream("N", "S", 6), weight(2, lambda n, s: s)])
 refuses(aten.einsum.default, "nqd,nkd->nqk", [stream("N", "S", 6), stream("N", "S", 6)])
 refuses(aten.einsum.default, "nsd,msd->nms", [stream("N", "S", 6), stream("N", "S", 6)])
-refuses(aten.einsum.default, "nsd,ns->nsd", [stream("N", "S", 6), column("N", "S")], conservative="columns have no rule")
+refuses(
+    aten.einsum.default,
+    "nsd,ns->nsd",
+    [stream("N", "S", 6), column("N", "S")],
+    conservative="columns have no rule",
+)
 
 heads = [stream("N", 3, "S", 4) for _ in range(3)]
 sdpa = aten.scaled_dot_product_attention.default
@@ -563,10 +658,29 @@ packs(sdpa, *(stream("N", "S", 4) for _ in range(3)), None, 0.0, True)
 packs(sdpa, *(stream("N", "S", 3, 4) for _ in range(3)))  # over the heads of one token
 packs(sdpa, *(stream("N*S", 3, 4) for _ in range(3)), data(3, 3))
 refuses(sdpa, *(stream("S", 3, "N", 4) for _ in range(3)))  # over the rows
-refuses(sdpa, *(stream(3, "N", "S", 4) for _ in range(3)), None, 0.0, True, conservative="rows aren't the batch dim")
-refuses(sdpa, heads[0], data(lambda n, s: n, 3, 7, 4), data(lambda n, s: n, 3, 7, 4), conservative="keys from inputs")
+refuses(
+    sdpa,
+    *(stream(3, "N", "S", 4) for _ in range(3)),
+    None,
+    0.0,
+    True,
+    conservative="rows aren't the batch dim",
+)
+refuses(
+    sdpa,
+    heads[0],
+    data(lambda n, s: n, 3, 7, 4),
+    data(lambda n, s: n, 3, 7, 4),
+    conservative="keys from inputs",
+)
 refuses(sdpa, *(stream("N", 3, 4, "S") for _ in range(3)))
-refuses(sdpa, stream("N", "S", 2, 4), *(stream("N", "S", 3, 4) for _ in range(2)), late("N", "S", 2, 3), conservative="a mask by token")
+refuses(
+    sdpa,
+    stream("N", "S", 2, 4),
+    *(stream("N", "S", 3, 4) for _ in range(2)),
+    late("N", "S", 2, 3),
+    conservative="a mask by token",
+)
 
 conv = (None, [1], [1], [1], 1)
 refuses(aten.conv1d.default, stream("N", 6, "S"), weight(6, 6, 3), *conv)
@@ -579,7 +693,13 @@ refuses(aten.outer.default, stream("N*S"), stream("N*S"))
 refuses(aten.cov.default, stream("N*S", 6))
 refuses(aten.cdist.default, stream("N", "S", 6), stream("N", "S", 6))
 refuses(aten.index_add.default, data(4, 6), 0, data(lambda n, s: n * s, **ints), stream("N*S", 6))
-refuses(aten.scatter_add.default, stream("N", "S", 6), 1, data(lambda n, s: n, lambda n, s: s, 6, high=1, **ints), stream("N", "S", 6))
+refuses(
+    aten.scatter_add.default,
+    stream("N", "S", 6),
+    1,
+    data(lambda n, s: n, lambda n, s: s, 6, high=1, **ints),
+    stream("N", "S", 6),
+)
 refuses(aten.adaptive_avg_pool1d.default, stream("N", 6, "S"), [1])
 
 # -- losses.py ---------------------------------------------------------------------------------------------------------

@@ -251,7 +251,11 @@ class Compiled:
             if kept is not None and output.shape[:2] == kept.shape:
                 output = output.masked_fill(~kept.reshape(*kept.shape, *[1] * (output.dim() - 2)), 0)
             weights = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).reshape(output.shape)
-            total = total + (output * weights.to(output.dtype)).sum() if output.dim() else total + output * (i + 1)
+            total = (
+                total + (output * weights.to(output.dtype)).sum()
+                if output.dim()
+                else total + output * (i + 1)
+            )
             results[f"output {i}"] = output.detach()
         total.backward()
         for name, parameter in self.model.named_parameters():
@@ -408,7 +412,9 @@ def compile_loss(loss, *late) -> Compiled:
 
 
 grpo = fixture_of(
-    lambda: compile_loss(grpo_loss, example()[0], *(torch.ones(n, dtype=torch.float64) for n in [5, (5, 7), (5, 7)]))
+    lambda: compile_loss(
+        grpo_loss, example()[0], *(torch.ones(n, dtype=torch.float64) for n in [5, (5, 7), (5, 7)])
+    )
 )
 labelled = fixture_of(lambda: compile_loss(label_loss, example()[0]))
 
@@ -472,13 +478,16 @@ def errors(packed: Compiled, batch: Columns) -> dict[str, tuple[float, float]]:
     exact = truth.value_and_gradients(truth.model, columns(batch), batch.kept)
     found = {}
     sides = [
-        packed.value_and_gradients(call, columns(batch), batch.kept) for call in (packed.fast, packed.function)
+        packed.value_and_gradients(call, columns(batch), batch.kept)
+        for call in (packed.fast, packed.function)
     ]
     assert packed.compiles == 1
     for kind in ("output", "gradient"):
         want = torch.cat([t.flatten() for name, t in exact.items() if name.startswith(kind)])
         found[kind] = tuple(
-            (torch.cat([t.flatten() for name, t in side.items() if name.startswith(kind)]) - want).norm().item()
+            (torch.cat([t.flatten() for name, t in side.items() if name.startswith(kind)]) - want)
+            .norm()
+            .item()
             / want.norm().item()
             for side in sides
         )

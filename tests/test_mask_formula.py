@@ -201,9 +201,15 @@ BOOLEAN = {
     ),
     "doubled": (lambda p, s, x: positions_of(p) * 2 <= positions_of(p)[:, None] * 2 + 1, "causal"),
     "difference": (lambda p, s, x: positions_of(p)[:, None] - positions_of(p) >= 0, "causal"),
-    "float arange": (lambda p, s, x: positions_of(p).float() <= positions_of(p).float().view(-1, 1), "causal"),
+    "float arange": (
+        lambda p, s, x: positions_of(p).float() <= positions_of(p).float().view(-1, 1),
+        "causal",
+    ),
     "tril of ones": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril() == 1, "causal"),
-    "tril bool": (lambda p, s, x: p.new_ones(p.shape[1], p.shape[1], dtype=torch.bool).tril()[None, None], "causal"),
+    "tril bool": (
+        lambda p, s, x: p.new_ones(p.shape[1], p.shape[1], dtype=torch.bool).tril()[None, None],
+        "causal",
+    ),
     "not triu": (lambda p, s, x: ~torch.ones(p.shape[1], p.shape[1], dtype=torch.bool).triu(1), "causal"),
     "rank 3 with size 1": (lambda p, s, x: causal(p)[None], "causal"),
     "true & causal": (
@@ -212,9 +218,18 @@ BOOLEAN = {
     ),
     "causal or never": (lambda p, s, x: causal(p) | (positions_of(p) < 0), "causal"),
     "in place": (lambda p, s, x: causal(p).logical_and_(torch.ones((), dtype=torch.bool)), "causal"),
-    "window": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - 3), "causal ∧ window(3)"),
-    "window ge": (lambda p, s, x: causal(p) & (positions_of(p) >= positions_of(p)[:, None] - 3), "causal ∧ window(4)"),
-    "window by triu": (lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril().triu(-2).bool(), "causal ∧ window(3)"),
+    "window": (
+        lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - 3),
+        "causal ∧ window(3)",
+    ),
+    "window ge": (
+        lambda p, s, x: causal(p) & (positions_of(p) >= positions_of(p)[:, None] - 3),
+        "causal ∧ window(4)",
+    ),
+    "window by triu": (
+        lambda p, s, x: torch.ones(p.shape[1], p.shape[1]).tril().triu(-2).bool(),
+        "causal ∧ window(3)",
+    ),
     "narrower window": (
         lambda p, s, x: (
             causal(p)
@@ -227,7 +242,8 @@ BOOLEAN = {
     "padding": (lambda p, s, x: causal(p) & p.bool()[:, None, None, :], "causal ∧ key_padding(p_1)"),
     "padding by index": (
         lambda p, s, x: (
-            causal(p) & p.bool()[torch.arange(p.shape[0])[:, None, None, None], positions_of(p)[None, None, None, :]]
+            causal(p)
+            & p.bool()[torch.arange(p.shape[0])[:, None, None, None], positions_of(p)[None, None, None, :]]
         ),
         "causal ∧ key_padding(p_1)",
     ),
@@ -258,12 +274,17 @@ BOOLEAN = {
     "padding by split indices": (
         lambda p, s, x: (
             causal(p)
-            & p.bool()[:, None, :][torch.arange(p.shape[0])[:, None], :, positions_of(p)[None]].transpose(1, 2)[:, None]
+            & p.bool()[:, None, :][torch.arange(p.shape[0])[:, None], :, positions_of(p)[None]].transpose(
+                1, 2
+            )[:, None]
         ),
         "causal ∧ key_padding(p_1)",
     ),
     "one condition for the batch": (lambda p, s, x: causal(p) & (p.sum() > 2), "causal ∧ key_padding(sum_1)"),
-    "every second key": (lambda p, s, x: causal(p) & (positions_of(p) % 2 == 0), "causal ∧ key_padding(position)"),
+    "every second key": (
+        lambda p, s, x: causal(p) & (positions_of(p) % 2 == 0),
+        "causal ∧ key_padding(position)",
+    ),
     "rows of their own": (
         lambda p, s, x: causal(p) & (p.sum(-1) >= 0)[:, None, None, None],
         "causal ∧ key_padding(sum_1)",
@@ -272,7 +293,10 @@ BOOLEAN = {
         lambda p, s, x: causal(p) & p.roll(1, 0).bool()[:, None, None],
         "causal ∧ key_padding(roll)",
     ),
-    "documents": (lambda p, s, x: causal(p) & (s[:, None, :, None] == s[:, None, None, :]), "causal ∧ same_value(s_1)"),
+    "documents": (
+        lambda p, s, x: causal(p) & (s[:, None, :, None] == s[:, None, None, :]),
+        "causal ∧ same_value(s_1)",
+    ),
     "documents, not ne": (
         lambda p, s, x: causal(p) & ~(s[:, None, None] != s[:, None, :, None]),
         "causal ∧ same_value(s_1)",
@@ -302,8 +326,14 @@ BOOLEAN = {
         ),
         "causal ∧ window(4) ∧ key_padding(p_1) ∧ same_value(x_1)",
     ),
-    "where": (lambda p, s, x: torch.where(causal(p), p.bool()[:, None, None], False), "causal ∧ key_padding(p_1)"),
-    "masked_fill": (lambda p, s, x: causal(p).masked_fill(p[:, None, None] == 0, False), "causal ∧ key_padding(p_1)"),
+    "where": (
+        lambda p, s, x: torch.where(causal(p), p.bool()[:, None, None], False),
+        "causal ∧ key_padding(p_1)",
+    ),
+    "masked_fill": (
+        lambda p, s, x: causal(p).masked_fill(p[:, None, None] == 0, False),
+        "causal ∧ key_padding(p_1)",
+    ),
     "product of integers": (
         lambda p, s, x: (causal(p).long() * p.bool()[:, None, None].long()).bool(),
         "causal ∧ key_padding(p_1)",
@@ -341,9 +371,17 @@ ADDITIVE = {
         "causal ∧ key_padding(p_1)",
         True,
     ),
-    "masked_fill": (lambda p, s, x: torch.zeros(p.shape[1], p.shape[1]).masked_fill(~causal(p), -INF), "causal", True),
+    "masked_fill": (
+        lambda p, s, x: torch.zeros(p.shape[1], p.shape[1]).masked_fill(~causal(p), -INF),
+        "causal",
+        True,
+    ),
     "one minus": (lambda p, s, x: (1.0 - allowed(p).float()) * MIN, "causal ∧ key_padding(p_1)", False),
-    "triu of full": (lambda p, s, x: torch.triu(torch.full((p.shape[1], p.shape[1]), -INF), 1), "causal", True),
+    "triu of full": (
+        lambda p, s, x: torch.triu(torch.full((p.shape[1], p.shape[1]), -INF), 1),
+        "causal",
+        True,
+    ),
     "triu times later": (
         lambda p, s, x: (
             torch.full((p.shape[1], p.shape[1]), MIN).triu(1).mul_(positions_of(p) > positions_of(p)[:, None])
@@ -372,16 +410,24 @@ ADDITIVE = {
         False,
     ),
     "what is zero stays": (
-        lambda p, s, x: torch.where(p.float() == 0, p.float(), MIN)[:, None, None] + torch.where(causal(p), 0.0, MIN),
+        lambda p, s, x: (
+            torch.where(p.float() == 0, p.float(), MIN)[:, None, None] + torch.where(causal(p), 0.0, MIN)
+        ),
         "causal ∧ key_padding(p_1)",
         False,
     ),
     "bfloat16": (
-        lambda p, s, x: torch.where(allowed(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min),
+        lambda p, s, x: torch.where(
+            allowed(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min
+        ),
         "causal ∧ key_padding(p_1)",
         False,
     ),
-    "float32 min rounds to -inf": (lambda p, s, x: torch.where(causal(p), 0.0, MIN).bfloat16(), "causal", True),
+    "float32 min rounds to -inf": (
+        lambda p, s, x: torch.where(causal(p), 0.0, MIN).bfloat16(),
+        "causal",
+        True,
+    ),
 }
 
 
@@ -450,16 +496,22 @@ VIEWS = {
         (causal(p) & p.bool()[:, None, None].expand(-1, 4, -1, -1)).flatten(0, 1).unflatten(0, (-1, 4))
     ),
     "grouped heads": lambda p, s, x: split(
-        (causal(p) & p.bool()[:, None, None, None].expand(-1, 2, 3, -1, -1)).reshape(-1, p.shape[1], p.shape[1]), p, 6
+        (causal(p) & p.bool()[:, None, None, None].expand(-1, 2, 3, -1, -1)).reshape(
+            -1, p.shape[1], p.shape[1]
+        ),
+        p,
+        6,
     ),
     "other groups": lambda p, s, x: (
-        causal(p) & split(merged(p, 12).view(p.shape[0] * 4, 3, -1).flatten(0, 1).view(-1, 6, 1, p.shape[1]), p, 12)
+        causal(p)
+        & split(merged(p, 12).view(p.shape[0] * 4, 3, -1).flatten(0, 1).view(-1, 6, 1, p.shape[1]), p, 12)
     ),
     "chosen while merged": lambda p, s, x: (
         causal(p) & split(split(merged(p, 8), p, 8)[:, 2:6].flatten(0, 1), p)
     ),
     "heads in front": lambda p, s, x: (
-        causal(p) & p.bool()[None, :, None].expand(4, -1, 1, -1).flatten(0, 1).unflatten(0, (4, -1)).transpose(0, 1)
+        causal(p)
+        & p.bool()[None, :, None].expand(4, -1, 1, -1).flatten(0, 1).unflatten(0, (4, -1)).transpose(0, 1)
     ),
     "keys from pairs": lambda p, s, x: (
         causal(p) & torch.stack([p, p], 2).flatten(1).view(p.shape[0], -1, 2)[:, :, 1][:, None, None].bool()
@@ -488,13 +540,21 @@ def test_parts_of_an_index_are_emitted():
     repeated = lambda p, s, x: causal(p) & p[:2, :3].bool().repeat(2, 2)[:, None, None]  # noqa: E731
     check(repeated, "causal ∧ key_padding(p_1)", shapes=[(4, 6)])
     chunk = lambda p: torch.arange(p.shape[1] // 3)[:, None].expand(-1, 3).flatten()  # noqa: E731
-    check(lambda p, s, x: causal(p) & (chunk(p) == chunk(p)[:, None]), "causal ∧ same_value(position)", shapes=[(2, 6)])
+    check(
+        lambda p, s, x: causal(p) & (chunk(p) == chunk(p)[:, None]),
+        "causal ∧ same_value(position)",
+        shapes=[(2, 6)],
+    )
 
 
 def test_parts_are_simplified_by_sizes():
     n, h, m = map(Affine.dim, (0, 1, 2))
     row, head = m.part(4, False, {}), m.part(4, True, {})
-    assert (row * 4 + head).dims == {2} and head.part(4, True, {}) == head and head.part(8, False, {}) == Affine()
+    assert (
+        (row * 4 + head).dims == {2}
+        and head.part(4, True, {}) == head
+        and head.part(8, False, {}) == Affine()
+    )
     assert row.substitute({2: n * 4 + h}, {1: 4}) == n and head.substitute({2: n * 4 + h}, {1: 4}) == h
     assert row.substitute({2: n * 4 + h}, {1: 5}).dims == {0, 1}
     assert row.substitute({2: n * 4 + h}).dims == {0, 1}
@@ -531,11 +591,15 @@ def test_masks_that_broadcast_over_rows_and_heads(mode):
 
 HEADS_DIFFER = {
     "repeat": lambda p, s, x: causal(p) & p.bool()[:, None].repeat(4, 1, 1),
-    "heads outermost": lambda p, s, x: causal(p) & p.bool()[None].expand(4, -1, -1).reshape(-1, 1, p.shape[1]),
+    "heads outermost": lambda p, s, x: (
+        causal(p) & p.bool()[None].expand(4, -1, -1).reshape(-1, 1, p.shape[1])
+    ),
     "each its own": lambda p, s, x: causal(p) & torch.stack([p] * 4, 1).flatten(0, 1)[:, None].bool(),
     "fewer heads": lambda p, s, x: causal(p) & p.bool().repeat_interleave(2, 0).repeat(2, 1)[:, None],
     "more copies": lambda p, s, x: causal(p) & p.bool().repeat_interleave(8, 0)[: p.shape[0] * 4, None],
-    "by head": lambda p, s, x: causal(p) & (merged(p) & (torch.arange(4) > 1).repeat(p.shape[0])[:, None, None]),
+    "by head": lambda p, s, x: (
+        causal(p) & (merged(p) & (torch.arange(4) > 1).repeat(p.shape[0])[:, None, None])
+    ),
     "by position": lambda p, s, x: causal(p) & (torch.arange(p.shape[0] * 4) > 3)[:, None, None],
 }
 
@@ -560,7 +624,9 @@ def test_grouped_heads_that_differ_are_refused(mode):
 
 def test_data_of_rank_5_is_refused():
     assert_refused(read(lambda b, m, p: m[:, None], inputs=masks()), UNCLEAR, "rank 5")
-    assert_refused(read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()), UNCLEAR, "rank 5")
+    assert_refused(
+        read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()), UNCLEAR, "rank 5"
+    )
 
 
 def test_bits_read_as_another_type_are_values():
@@ -672,7 +738,11 @@ REFUSED = {
     "key and query swapped": (lambda p, s, x: causal(p).t(), "not_causal", ""),
     "later only": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None], UNCLEAR, "after it"),
     "window of none": (lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None]), UNCLEAR, ""),
-    "window without causal": (lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - 3, "not_causal", ""),
+    "window without causal": (
+        lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - 3,
+        "not_causal",
+        "",
+    ),
     "symbolic window": (
         lambda p, s, x: causal(p) & (positions_of(p) > positions_of(p)[:, None] - s[0, 0]),
         UNCLEAR,
@@ -680,14 +750,26 @@ REFUSED = {
     ),
     "causal or padding": (lambda p, s, x: causal(p) | p.bool()[:, None, None], UNCLEAR, ""),
     "causal or window": (lambda p, s, x: causal(p) | (positions_of(p) < 2), UNCLEAR, ""),
-    "prefix language model": (lambda p, s, x: causal(p) | (s[:, None, None] == s[:, None, :, None]), UNCLEAR, ""),
+    "prefix language model": (
+        lambda p, s, x: causal(p) | (s[:, None, None] == s[:, None, :, None]),
+        UNCLEAR,
+        "",
+    ),
     "query mask": (lambda p, s, x: causal(p) & p.bool()[:, None, :, None], UNCLEAR, "whole queries"),
-    "query mask by index": (lambda p, s, x: causal(p) & (positions_of(p) > 1)[:, None], UNCLEAR, "whole queries"),
+    "query mask by index": (
+        lambda p, s, x: causal(p) & (positions_of(p) > 1)[:, None],
+        UNCLEAR,
+        "whole queries",
+    ),
     "by values": (lambda p, s, x: x[:, None, None] <= x[:, None, :, None], UNCLEAR, ""),
     "by values and index": (lambda p, s, x: positions_of(p) <= x[:, None, :, None], UNCLEAR, ""),
     "doubled key": (lambda p, s, x: positions_of(p) * 2 <= positions_of(p)[:, None], UNCLEAR, ""),
     "not itself": (lambda p, s, x: causal(p) & (positions_of(p) != positions_of(p)[:, None]), UNCLEAR, ""),
-    "same value of two columns": (lambda p, s, x: causal(p) & (s[:, None, None] == x[:, None, :, None]), UNCLEAR, ""),
+    "same value of two columns": (
+        lambda p, s, x: causal(p) & (s[:, None, None] == x[:, None, :, None]),
+        UNCLEAR,
+        "",
+    ),
     "same value of the next row": (
         lambda p, s, x: causal(p) & (s.roll(1, 0)[:, None, None] == s[:, None, :, None]),
         UNCLEAR,
@@ -705,7 +787,11 @@ REFUSED = {
         "",
     ),
     "other value": (lambda p, s, x: causal(p) & (s[:, None, None] != s[:, None, :, None]), UNCLEAR, ""),
-    "same float": (lambda p, s, x: causal(p) & (s.float()[:, None, None] == s.float()[:, None, :, None]), UNCLEAR, ""),
+    "same float": (
+        lambda p, s, x: causal(p) & (s.float()[:, None, None] == s.float()[:, None, :, None]),
+        UNCLEAR,
+        "",
+    ),
     "by head": (lambda p, s, x: causal(p) & (torch.arange(4) > 1)[:, None, None], UNCLEAR, "heads"),
     "window by head": (
         lambda p, s, x: positions_of(p) > positions_of(p)[:, None] - torch.arange(4)[:, None, None],
@@ -713,7 +799,11 @@ REFUSED = {
         "heads",
     ),
     "rows where heads are": (lambda p, s, x: causal(p) & p.bool()[:, None, :], UNCLEAR, "heads"),
-    "rounded index": (lambda p, s, x: positions_of(p).bfloat16() <= positions_of(p).bfloat16()[:, None], UNCLEAR, ""),
+    "rounded index": (
+        lambda p, s, x: positions_of(p).bfloat16() <= positions_of(p).bfloat16()[:, None],
+        UNCLEAR,
+        "",
+    ),
     "rounded by an offset": (
         lambda p, s, x: positions_of(p).float() + 1e8 <= positions_of(p).float()[:, None] + 1e8,
         UNCLEAR,
@@ -742,10 +832,16 @@ REFUSED = {
         "finite_mask",
         "",
     ),
-    "additive without causal": (lambda p, s, x: torch.where(p > 0, 0.0, -INF)[:, None, None], "not_causal", ""),
+    "additive without causal": (
+        lambda p, s, x: torch.where(p > 0, 0.0, -INF)[:, None, None],
+        "not_causal",
+        "",
+    ),
     "reversed additive": (lambda p, s, x: torch.where(causal(p), -INF, 0.0), UNCLEAR, ""),
     "alibi": (
-        lambda p, s, x: torch.where(causal(p), 0.0, -INF) + (positions_of(p) - positions_of(p)[:, None]) * 0.5,
+        lambda p, s, x: (
+            torch.where(causal(p), 0.0, -INF) + (positions_of(p) - positions_of(p)[:, None]) * 0.5
+        ),
         UNCLEAR,
         "query and key",
     ),
@@ -918,9 +1014,12 @@ NOT_PACKED = {
     "no segments": lambda x: x[:, None, None] <= x[:, None, :, None],
     "other segments": lambda x: within(segments_of(x + 0, by=2)) & (x[:, None, None] <= x[:, None, :, None]),
     "other start": lambda x: within(segments_of(x, prepend=2)) & (x[:, None, None] <= x[:, None, :, None]),
-    "segments of other positions": lambda x: within(segments_of(x * 2)) & (x[:, None, None] <= x[:, None, :, None]),
+    "segments of other positions": lambda x: (
+        within(segments_of(x * 2)) & (x[:, None, None] <= x[:, None, :, None])
+    ),
     "segments down the rows": lambda x: (
-        within((torch.diff(x, prepend=x[:1] - 1, dim=0) != 1).cumsum(0)) & (x[:, None, None] <= x[:, None, :, None])
+        within((torch.diff(x, prepend=x[:1] - 1, dim=0) != 1).cumsum(0))
+        & (x[:, None, None] <= x[:, None, :, None])
     ),
     "segment numbers that wrap": lambda x: (
         within((torch.diff(x, prepend=x[:, :1] - 1, dim=-1) != 1).cumsum(-1, dtype=torch.int8))
@@ -938,7 +1037,9 @@ def test_positions_elsewhere_are_values(name, mode):
 
 
 def test_segments_of_floats_are_values():
-    build = lambda x: within(segments_of(x.float())) & (x.float()[:, None, None] <= x.float()[:, None, :, None])  # noqa: E731
+    build = lambda x: (
+        within(segments_of(x.float())) & (x.float()[:, None, None] <= x.float()[:, None, :, None])
+    )  # noqa: E731
     assert_refused(read(build, inputs=packed_positions()), UNCLEAR)
 
 
@@ -960,7 +1061,9 @@ def model_masks(kind, calls, *, dynamic=False, attention="sdpa", dtype=torch.flo
     """Every call's `(mask node, values of all nodes)` in a compiled transformers model."""
     transformers = pytest.importorskip("transformers")
     settings = getattr(transformers, kind)(**{**TINY, **config})
-    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation=attention, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(
+        settings, attn_implementation=attention, dtype=dtype
+    )
     found = []
 
     def backend(gm, _):

@@ -41,7 +41,9 @@ aten = torch.ops.aten
 # (N, S): generic; N = S = a head's width; N = heads; S = hidden size; one row; one position; one token
 SIZES = [(4, 5), (4, 4), (3, 5), (4, 6), (1, 5), (4, 1), (1, 1)]
 GENERIC = SIZES[0]
-TOLERANCE = dict(rtol=1e-12, atol=1e-12, equal_nan=True)  # sums of other shapes round differently; a bug is O(1)
+TOLERANCE = dict(
+    rtol=1e-12, atol=1e-12, equal_nan=True
+)  # sums of other shapes round differently; a bug is O(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +102,9 @@ def make_batch(n: int, s: int, seed: int, drops: bool, position_is_key: bool) ->
 
 def factors_of(dims: tuple[Any, ...]) -> list[list[Any]]:
     """`("N*3", "S", 4)` → [["N", 3], ["S"], [4]]; size 1 has no factor."""
-    split = [[int(f) if f.isdigit() else f for f in d.split("*")] if isinstance(d, str) else [d] for d in dims]
+    split = [
+        [int(f) if f.isdigit() else f for f in d.split("*")] if isinstance(d, str) else [d] for d in dims
+    ]
     return [[f for f in dim if f != 1] for dim in split]
 
 
@@ -146,7 +150,9 @@ def sizes_of(spec: Tensor, n: Any, s: Any) -> list[Any]:
     """The sizes of a tensor argument, for ints or SymInts."""
     sizes = [d(n, s) if callable(d) else d for d in spec.dims]
     if any(isinstance(d, str) for d in sizes):
-        sizes = [math.prod([{ROW: n, POSITION: s}.get(f, f) for f in dim]) for dim in factors_of(tuple(sizes))]
+        sizes = [
+            math.prod([{ROW: n, POSITION: s}.get(f, f) for f in dim]) for dim in factors_of(tuple(sizes))
+        ]
     return sizes
 
 
@@ -217,7 +223,13 @@ class Graph:
         """Placeholders come first."""
         if isinstance(arg, Tensor) and arg not in self.specs:
             self.specs[arg] = self.placeholder(arg)
-        for part in (*arg.args, *arg.kwargs.values()) if isinstance(arg, Call) else arg if isinstance(arg, list) else ():
+        for part in (
+            (*arg.args, *arg.kwargs.values())
+            if isinstance(arg, Call)
+            else arg
+            if isinstance(arg, list)
+            else ()
+        ):
             self.collect(part)
 
     def placeholder(self, spec: Tensor) -> fx.Node:
@@ -283,7 +295,7 @@ class Recorder(fx.Interpreter):
 
 
 def verdict(analysis: Analysis, node: fx.Node) -> str:
-    """"packs", or the kind of the refusal."""
+    """ "packs", or the kind of the refusal."""
     value = analysis.values[node]
     if value.reason is not None:
         return value.reason.kind
@@ -291,7 +303,9 @@ def verdict(analysis: Analysis, node: fx.Node) -> str:
     return "packs"
 
 
-def run_packed(graph: Graph, analysis: Analysis, batch: Batch, inputs: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+def run_packed(
+    graph: Graph, analysis: Analysis, batch: Batch, inputs: list[Any]
+) -> tuple[Any, list[Any], list[Any]]:
     """Lower and run, as backend.py does.
 
     Returns:
@@ -340,7 +354,9 @@ def perturbed(graph: Graph, inputs: list[Any], batch: Batch, n: int, s: int) -> 
     out = list(inputs)
     for i, spec in enumerate(graph.specs):
         if spec.kind == "stream":
-            out[i] = torch.where(owned(factors_of(spec.dims), at, inputs[i].shape), _other(inputs[i], spec), inputs[i])
+            out[i] = torch.where(
+                owned(factors_of(spec.dims), at, inputs[i].shape), _other(inputs[i], spec), inputs[i]
+            )
     return out
 
 
@@ -405,7 +421,9 @@ def evidence(sample: Sample) -> str:
 def _differs(graph: Graph, batch: Batch, inputs: list[Any], own: Tensor) -> str:
     """For results shaped like x: is `op(pack(x))` something else than `pack(op(x))`?"""
     dims = factors_of(own.dims)
-    packed = [pack(v, factors_of(s.dims), batch) if s.kind == "stream" else v for v, s in zip(inputs, graph.specs)]
+    packed = [
+        pack(v, factors_of(s.dims), batch) if s.kind == "stream" else v for v, s in zip(inputs, graph.specs)
+    ]
     dense = graph.gm(*inputs)[0]
     if dense.shape != inputs[list(graph.specs).index(own)].shape:
         return ""
@@ -414,7 +432,11 @@ def _differs(graph: Graph, batch: Batch, inputs: list[Any], own: Tensor) -> str:
     except (RuntimeError, IndexError):
         return ""
     expected = pack(dense, dims, batch)
-    return "" if found.shape == expected.shape and torch.allclose(found, expected) else "reads where a token stands"
+    return (
+        ""
+        if found.shape == expected.shape and torch.allclose(found, expected)
+        else "reads where a token stands"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

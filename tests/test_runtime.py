@@ -263,7 +263,9 @@ def test_stats_add_up_and_reset():
     twice = pgcompile.stats()
     assert (once.packed, once.dense, once.eager, once.compiles) == (1, 0, 0, 1)
     expected = brute_force_packed_tokens([batch.input_ids, batch.dense_positions], batch.kept)
-    assert once.packed_tokens == expected and once.dense_tokens == once.valid_tokens == batch.input_ids.numel()
+    assert (
+        once.packed_tokens == expected and once.dense_tokens == once.valid_tokens == batch.input_ids.numel()
+    )
     for name in ("packed", "dense_tokens", "valid_tokens", "packed_tokens"):
         assert getattr(twice, name) == 2 * getattr(once, name)
     assert twice.compiles == 1 and twice.plan_seconds > once.plan_seconds > 0
@@ -398,7 +400,11 @@ def test_explain_what_is_compiled_already(way):
     elif way == "torch.compile":
         target = torch.compile(model, backend="pgcompile", options=ALWAYS_PACK)
     else:
-        target = pgcompile.optimize(lambda ids: model(ids), **{}) if False else pgcompile.optimize(**ALWAYS_PACK)(model.forward)
+        target = (
+            pgcompile.optimize(lambda ids: model(ids), **{})
+            if False
+            else pgcompile.optimize(**ALWAYS_PACK)(model.forward)
+        )
     found = pgcompile.explain(target, batch.input_ids, options=ALWAYS_PACK)
     assert found.status == "packed" and found.graphs and found.batches
 
@@ -475,7 +481,8 @@ def test_short_branches_are_not_worth_a_segment():
         ids = torch.arange(40).repeat(2, 1) % 31
         ids[1, shared:] = (ids[1, shared:] + 1) % 31
         counts = [
-            pgcompile.explain(model, ids, options={"min_saving": s}).batches[0].packed_tokens for s in (0, None)
+            pgcompile.explain(model, ids, options={"min_saving": s}).batches[0].packed_tokens
+            for s in (0, None)
         ]
         assert counts == [80 - shared, default]
 
@@ -608,7 +615,8 @@ def test_no_worse_than_eager_against_float64(precision):
         with float64_everywhere():
             truth = tensors_of(truth_model, truth_model, batch, None)
         sides = [
-            {n: t.clone() for n, t in tensors_of(call, model, batch, autocast).items()} for call in (fast, model)
+            {n: t.clone() for n, t in tensors_of(call, model, batch, autocast).items()}
+            for call in (fast, model)
         ]
         for name, want in truth.items():
             mine, eager = ((side[name].double() - want).norm() / want.norm() for side in sides)
@@ -676,7 +684,10 @@ def test_one_compiled_llama_in_many_ways():
         "4-D": (dict(input_ids=ids, attention_mask=additive(causal)), "packed"),
         "4-D padded": (dict(input_ids=ids, attention_mask=additive(padded), position_ids=counted), "packed"),
         "4-D full": (dict(input_ids=ids, attention_mask=additive(torch.ones_like(causal))), "dense"),
-        "labels": (dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)), "packed"),
+        "labels": (
+            dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)),
+            "packed",
+        ),
     }
     fast = compiled(model, {}, fullgraph=True)
     with float64_everywhere():
@@ -896,7 +907,11 @@ def test_when_something_fails_the_original_runs(what, monkeypatch, caplog):
     stats = pgcompile.stats()
     assert stats.packed == 0 and stats.dense + stats.eager == 2
     records = [r for r in caplog.records if r.name == "pgcompile"]
-    assert len(records) == 1 and "seeded failure" in records[0].getMessage() and "Seeded" in records[0].getMessage()
+    assert (
+        len(records) == 1
+        and "seeded failure" in records[0].getMessage()
+        and "Seeded" in records[0].getMessage()
+    )
 
 
 @pytest.mark.parametrize("what", ["pass", "verification", "plan", "engine"])
@@ -974,7 +989,9 @@ def test_check_compares_the_first_batches(monkeypatch):
     fast = compiled(model, {"check": 2})
     with float64_everywhere():
         for seed in range(4):
-            assert_equals_eager(fast, model, batch_of(seed, padding="right"))  # its backward runs after the check's
+            assert_equals_eager(
+                fast, model, batch_of(seed, padding="right")
+            )  # its backward runs after the check's
     assert len(checked) == 2
 
 
@@ -986,7 +1003,9 @@ def test_check_without_gradients():
 
 def test_check_notices_wrong_values(monkeypatch):
     original = backend.pack_column
-    monkeypatch.setattr(backend, "pack_column", lambda value, dims, plan: original(value, dims, plan).roll(1, -1))
+    monkeypatch.setattr(
+        backend, "pack_column", lambda value, dims, plan: original(value, dims, plan).roll(1, -1)
+    )
     model, batch = zoo(), batch_of()
     with pytest.raises(pgcompile.CheckError, match="output 0"):
         compiled(model, {"check": 1})(batch.input_ids)
@@ -1073,7 +1092,9 @@ def test_nothing_keeps_a_batch_alive(way, monkeypatch):
         model.zero_grad(set_to_none=True)
         return refs
 
-    logging.getLogger("pgcompile").setLevel(logging.CRITICAL)  # pytest keeps the records, and their tracebacks
+    logging.getLogger("pgcompile").setLevel(
+        logging.CRITICAL
+    )  # pytest keeps the records, and their tracebacks
     try:
         refs = [ref for seed in range(3) for ref in call(seed)]  # the first one compiles
     finally:

@@ -15,7 +15,18 @@ import torch
 from torch import fx
 
 from ..graph import same_size
-from ..layout import KEY, POSITION, ROW, Dim, Selection, TokenLayout, is_plain_one, is_token_factor, is_well_formed, plain
+from ..layout import (
+    KEY,
+    POSITION,
+    ROW,
+    Dim,
+    Selection,
+    TokenLayout,
+    is_plain_one,
+    is_token_factor,
+    is_well_formed,
+    plain,
+)
 from ..reasons import Unsupported
 
 PROLOGUE, WEIGHT, STREAM, LATE = "prologue", "weight", "stream", "late"
@@ -157,7 +168,9 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
             return dim
         dims.append(dim)
     if not is_well_formed(dims):
-        return refuse("token_mixing", "tokens meet other tokens by broadcasting (an outer product over positions)")
+        return refuse(
+            "token_mixing", "tokens meet other tokens by broadcasting (an outer product over positions)"
+        )
     layout = TokenLayout(tuple(dims), selection)
     columns: dict[fx.Node, tuple[Dim, ...]] = {}
     if layout.has(KEY):
@@ -175,7 +188,11 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
 
 def _broadcast_dim(streams: Sequence[Operand], operands: Sequence[Operand], d: int) -> Dim | Unsupported:
     """The factors of dim `d` (negative, from the right)."""
-    present = {o.tokens.dims[d] for o in streams if -d <= o.tokens.rank and any(map(is_token_factor, o.tokens.dims[d]))}
+    present = {
+        o.tokens.dims[d]
+        for o in streams
+        if -d <= o.tokens.rank and any(map(is_token_factor, o.tokens.dims[d]))
+    }
     if len(present) > 1:
         return refuse("token_mixing", "rows or positions of one value meet other dims of another")
     if present:
@@ -201,7 +218,11 @@ def aligned_dims(sizes: Sequence[Any], layout: TokenLayout) -> tuple[Dim, ...]:
     if not any(is_token_factor(f) for dim in dims for f in dim):
         return ()
     position = layout.dim_of(POSITION) - offset
-    if not any(POSITION in dim for dim in dims) and position >= 0 and layout.dims[position + offset] == (POSITION,):
+    if (
+        not any(POSITION in dim for dim in dims)
+        and position >= 0
+        and layout.dims[position + offset] == (POSITION,)
+    ):
         dims[position] = (POSITION,)
     return tuple(dims)
 
@@ -218,7 +239,24 @@ def normalize_dims(dims: Any, rank: int) -> list[int]:
 
 
 __all__ = [
-    "LATE", "PROLOGUE", "RULES", "STREAM", "WEIGHT", "Op", "Operand", "Outcome", "Rule", "aligned_dims", "broadcast",
-    "mixing", "normalize_dims", "operands_in", "overloads_of", "plain", "refuse", "register",
-    "same_selection", "same_size",
+    "LATE",
+    "PROLOGUE",
+    "RULES",
+    "STREAM",
+    "WEIGHT",
+    "Op",
+    "Operand",
+    "Outcome",
+    "Rule",
+    "aligned_dims",
+    "broadcast",
+    "mixing",
+    "normalize_dims",
+    "operands_in",
+    "overloads_of",
+    "plain",
+    "refuse",
+    "register",
+    "same_selection",
+    "same_size",
 ]

@@ -60,7 +60,9 @@ def _cut_refusal(op: Op, x: Operand, dim: int) -> Unsupported | None:
     if op.before_mixer or x.tokens.dims[dim] not in ((ROW,), (POSITION,)):
         return mixing(x.tokens, [dim], f"`{op.name}`")
     selection = x.tokens.selection
-    if (selection.rows is not None) != x.tokens.has(ROW) or (selection.positions is not None) != x.tokens.has(POSITION):
+    if (selection.rows is not None) != x.tokens.has(ROW) or (selection.positions is not None) != x.tokens.has(
+        POSITION
+    ):
         return mixing(x.tokens, [dim], f"`{op.name}` of a table")
     return None
 
@@ -129,7 +131,9 @@ def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outco
         return Outcome(x.tokens.with_dims(dims))
     if op.before_mixer:
         aligned = aligned_dims(index.shape, x.tokens)
-        columns = {index.node: (*aligned[:dim], plain(index.shape[dim]), *aligned[dim + 1 :])} if aligned else {}
+        columns = (
+            {index.node: (*aligned[:dim], plain(index.shape[dim]), *aligned[dim + 1 :])} if aligned else {}
+        )
         return Outcome(x.tokens.with_dims(dims), columns)
     if dim != rank - 1 or not has_one_wide_dim(x):
         return refuse("token_mixing", "labels are gathered from a value of more than one plain dim")
@@ -141,7 +145,9 @@ def has_one_wide_dim(x: Operand) -> bool:
     return all(x.tokens.is_token_dim(d) for d in range(x.tokens.rank - 1)) and not x.tokens.is_token_dim(-1)
 
 
-def embedding_rule(op: Op, weight: Operand, index: Operand, padding_idx: int = -1, *_: Any) -> Outcome | Unsupported:
+def embedding_rule(
+    op: Op, weight: Operand, index: Operand, padding_idx: int = -1, *_: Any
+) -> Outcome | Unsupported:
     """A lookup by integers that were computed from tokens."""
     if not isinstance(index, Operand) or index.kind != STREAM or weight.kind == STREAM:
         return refuse("unknown_op", "an embedding whose table is computed from tokens")

@@ -28,7 +28,9 @@ def addmm_rule(op: Op, bias: Operand, x: Operand, weight: Operand, **_: Any) -> 
     if bias.kind == STREAM:
         found = matmul_rule(op, x, weight)
         if isinstance(found, Unsupported) or found.action != "emit" or found.columns:
-            return found if isinstance(found, Unsupported) else refuse("unknown_op", "addmm of attention scores")
+            return (
+                found if isinstance(found, Unsupported) else refuse("unknown_op", "addmm of attention scores")
+            )
         assert isinstance(found.layout, TokenLayout)
         product = Operand(op.node, STREAM, op.shape, found.layout)
         both = broadcast([bias, product])
@@ -54,12 +56,16 @@ def matmul_rule(op: Op, a: Operand, b: Operand) -> Outcome | Unsupported:
             columns[o.node] = (*aligned, plain(o.shape[-2]), plain(o.shape[-1]))
     if inner_a == (KEY,):
         if inner_b != (POSITION,) or POSITION in cols or not {a.kind, b.kind} == {STREAM}:
-            return refuse("token_mixing", "probabilities over keys are multiplied with something other than values")
+            return refuse(
+                "token_mixing", "probabilities over keys are multiplied with something other than values"
+            )
         return Outcome(layout.with_dims((*layout.dims, rows, cols)), action="attention")
     for operand, inner in ((a, inner_a), (b, inner_b)):
         if any(isinstance(f, str) for f in inner):
             assert operand.layout is not None
-            return mixing(operand.layout, [operand.layout.rank + (-1 if operand is a else -2)], f"`{op.name}`")
+            return mixing(
+                operand.layout, [operand.layout.rank + (-1 if operand is a else -2)], f"`{op.name}`"
+            )
     if POSITION in cols and (POSITION in rows or layout.has(POSITION)):
         if rows != (POSITION,) or cols != (POSITION,) or a.node is b.node:
             return refuse("token_mixing", "tokens meet other tokens in a product that isn't query times key")
@@ -69,7 +75,12 @@ def matmul_rule(op: Op, a: Operand, b: Operand) -> Outcome | Unsupported:
 
 
 def _vector_rule(op: Op, a: Operand, b: Operand) -> Outcome | Unsupported:
-    if a.kind == STREAM and len(b.shape) == 1 and b.kind != STREAM and not a.tokens.is_token_dim(a.tokens.rank - 1):
+    if (
+        a.kind == STREAM
+        and len(b.shape) == 1
+        and b.kind != STREAM
+        and not a.tokens.is_token_dim(a.tokens.rank - 1)
+    ):
         return Outcome(a.tokens.with_dims(a.tokens.dims[:-1]))
     return refuse("token_mixing", f"`{op.name}` with a vector over tokens")
 
@@ -117,7 +128,9 @@ def einsum_rule(op: Op, equation: str, tensors: list[Operand], **_: Any) -> Outc
                 labels.setdefault(label, plain(size))
     dims = tuple(labels[label] for label in output)
     token_labels = {label for label, dim in labels.items() if any(isinstance(f, str) for f in dim)}
-    if len({f for label in token_labels for f in labels[label]}) != sum(len(labels[lb]) for lb in token_labels):
+    if len({f for label in token_labels for f in labels[label]}) != sum(
+        len(labels[lb]) for lb in token_labels
+    ):
         return refuse("token_mixing", f"einsum {equation!r} lets tokens meet other tokens")
     return Outcome(streams[0].tokens.with_dims(dims))
 
@@ -143,7 +156,11 @@ def sdpa_rule(
 
 
 def _leads_with_row(layout: TokenLayout) -> bool:
-    return bool(layout.dims[0]) and layout.dims[0][0] == ROW and not any(POSITION in dim for dim in layout.dims[:-2])
+    return (
+        bool(layout.dims[0])
+        and layout.dims[0][0] == ROW
+        and not any(POSITION in dim for dim in layout.dims[:-2])
+    )
 
 
 def _token_local_attention(op: Op, q: Operand, k: Operand, v: Operand, mask: Any) -> Outcome | Unsupported:

@@ -14,7 +14,9 @@ from .common import Op, Operand, Outcome, broadcast, mixing, normalize_dims, ope
 aten = torch.ops.aten
 
 
-def reduction_rule(op: Op, x: Operand, dim: Any = None, keepdim: bool = False, *_: Any, **__: Any) -> Outcome | Unsupported:
+def reduction_rule(
+    op: Op, x: Operand, dim: Any = None, keepdim: bool = False, *_: Any, **__: Any
+) -> Outcome | Unsupported:
     """sum, mean, amax, logsumexp, argmax, any, …: over plain dims."""
     return _reduced(op, x, normalize_dims(dim, x.tokens.rank), keepdim)
 
@@ -23,12 +25,16 @@ def full_reduction_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Uns
     return mixing(x.tokens, range(x.tokens.rank), f"`{op.name}` over everything")
 
 
-def norm_rule(op: Op, x: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Outcome | Unsupported:
+def norm_rule(
+    op: Op, x: Operand, p: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any
+) -> Outcome | Unsupported:
     """norm, linalg_vector_norm: like a reduction, with the order before the dims."""
     return _reduced(op, x, normalize_dims(dim, x.tokens.rank), keepdim)
 
 
-def variance_rule(op: Op, x: Operand, dim: Any = None, *args: Any, keepdim: bool = False, **_: Any) -> Outcome | Unsupported:
+def variance_rule(
+    op: Op, x: Operand, dim: Any = None, *args: Any, keepdim: bool = False, **_: Any
+) -> Outcome | Unsupported:
     """var, std and var_mean; the overload with `unbiased` has `keepdim` after it."""
     if isinstance(dim, bool):
         dim = None
@@ -56,7 +62,9 @@ def along_rule(op: Op, x: Operand, dim: int = -1, *_: Any, **__: Any) -> Outcome
     return Outcome((x.tokens,) * len(op.result) if many else x.tokens)
 
 
-def sort_stable_rule(op: Op, x: Operand, stable: Any = None, dim: int = -1, *_: Any, **__: Any) -> Outcome | Unsupported:
+def sort_stable_rule(
+    op: Op, x: Operand, stable: Any = None, dim: int = -1, *_: Any, **__: Any
+) -> Outcome | Unsupported:
     return along_rule(op, x, dim)
 
 
@@ -73,7 +81,9 @@ def topk_rule(op: Op, x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> 
     return Outcome((x.tokens.with_dims(dims),) * 2)
 
 
-def layer_norm_rule(op: Op, x: Operand, normalized: Sequence[int], *parameters: Any, **_: Any) -> Outcome | Unsupported:
+def layer_norm_rule(
+    op: Op, x: Operand, normalized: Sequence[int], *parameters: Any, **_: Any
+) -> Outcome | Unsupported:
     """layer_norm, rms_norm: over the last dims, which must be plain; scale and bias broadcast along them."""
     over = range(x.tokens.rank - len(normalized), x.tokens.rank)
     if any(x.tokens.is_token_dim(d) for d in over):
@@ -130,7 +140,13 @@ register(
     aten.all.default, aten.prod.default, aten.norm.Scalar, aten.std.default, aten.var.default, aten.median.default,
     aten.histc, aten.bincount, aten.unique_dim, aten._unique2, aten.nonzero, aten.item, aten._local_scalar_dense,
 )  # fmt: skip
-register(norm_rule, aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype, aten.linalg_vector_norm, aten.linalg_norm)
+register(
+    norm_rule,
+    aten.norm.ScalarOpt_dim,
+    aten.norm.ScalarOpt_dim_dtype,
+    aten.linalg_vector_norm,
+    aten.linalg_norm,
+)
 register(variance_rule, aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction)
 register(variance_rule, aten.var_mean.dim, aten.var_mean.correction)
 register(

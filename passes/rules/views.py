@@ -18,7 +18,9 @@ def view_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported:
     """view, reshape, flatten, unflatten: factors keep their row-major order and are dealt out anew."""
     dims = view_dims(x.tokens, op.shape)
     if dims is None:
-        return refuse("token_mixing", f"`{op.name}` to {list(op.shape)} tears rows or positions of {x.tokens} apart")
+        return refuse(
+            "token_mixing", f"`{op.name}` to {list(op.shape)} tears rows or positions of {x.tokens} apart"
+        )
     if any(not isinstance(f, (str, int)) for dim in dims for f in dim):
         return refuse("size_as_number", f"`{op.name}` makes a plain dim whose size depends on the batch")
     return Outcome(x.tokens.with_dims(dims), action="reshape")
@@ -123,7 +125,11 @@ def cat_rule(op: Op, tensors: Sequence[Operand], dim: int = 0) -> Outcome | Unsu
     if any(s.tokens.is_token_dim(dim) for s in streams):
         worst = next(s for s in streams if s.tokens.is_token_dim(dim))
         if any(t.kind == "prologue" and len(t.shape) == 4 for t in tensors):
-            return refuse("kv_cache", "keys or values are appended to others that the caller gave", "pass use_cache=False")
+            return refuse(
+                "kv_cache",
+                "keys or values are appended to others that the caller gave",
+                "pass use_cache=False",
+            )
         return mixing(worst.tokens, [dim], "cat")
     others = [_without(t, dim) for t in operands_in(tensors)]
     found = broadcast(others)
@@ -195,7 +201,9 @@ def repeat_rule(op: Op, x: Operand, repeats: Sequence[Any]) -> Outcome | Unsuppo
     return Outcome(x.tokens.with_dims(dims))
 
 
-def repeat_interleave_rule(op: Op, x: Operand, repeats: Any, dim: int | None = None, **_: Any) -> Outcome | Unsupported:
+def repeat_interleave_rule(
+    op: Op, x: Operand, repeats: Any, dim: int | None = None, **_: Any
+) -> Outcome | Unsupported:
     if dim is None or not isinstance(repeats, int) or x.tokens.is_token_dim(dim):
         return refuse("row_mixing", "repeat_interleave repeats rows or positions, or by a tensor of counts")
     dims = list(x.tokens.dims)
@@ -217,7 +225,9 @@ register(expand_as_rule, aten.expand_as)
 register(view_as_rule, aten.view_as, aten.reshape_as)
 register(cat_rule, aten.cat.default, aten.concat.default, aten.concatenate.default)
 register(stack_rule, aten.stack)
-register(pieces_rule, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+register(
+    pieces_rule, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes, aten.chunk, aten.tensor_split
+)
 register(unbind_rule, aten.unbind.int)
 register(repeat_rule, aten.repeat, aten.tile)
 register(repeat_interleave_rule, aten.repeat_interleave.self_int)

@@ -93,7 +93,8 @@ def attention_backward(
         call.add_keys(grads[1], dk)
         call.add_keys(grads[2], dv)
     dq, dk, dv = (
-        grad[None, ..., :size].to(q.dtype).contiguous().transpose(1, 2) for grad, size in zip(grads, sizes, strict=True)
+        grad[None, ..., :size].to(q.dtype).contiguous().transpose(1, 2)
+        for grad, size in zip(grads, sizes, strict=True)
     )
     return dq, dk, dv
 
@@ -104,7 +105,9 @@ def masks_bite(
     """Does anything but ancestry hide a key? (Columns are on the host here: looking costs no synchronisation.)"""
     if window is not None and int(depth_T.max()) >= window:
         return True
-    return not all(bool(c.all()) for c in key_valid) or any(bool((c != c.flatten()[0]).any()) for c in same_value)
+    return not all(bool(c.all()) for c in key_valid) or any(
+        bool((c != c.flatten()[0]).any()) for c in same_value
+    )
 
 
 def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
