@@ -13,7 +13,6 @@ from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
 from .verify import fake_inputs
 
-
 # A graph whose work is mostly behind something that couldn't be packed is better off as it was.
 LATE_SHARE = 0.25
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, same_size, shape, val
+from .graph import aten, bound_args, node_arg, same_size, shape, val
 from .layout import KEY, is_token_factor
 from .mask_formula import CAUSAL, MaskFormula, conjoin, read_additive, read_allowed, require_causal
 from .propagate import Analysis
@@ -80,7 +80,7 @@ def _match_sdpa(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupport
 
 def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis) -> MaskFormula | Unsupported:
     if mask is None:
-        if is_causal or same_size(analysis.whole.positions, 1):  # type: ignore[union-attr]
+        if is_causal or same_size(analysis.whole.positions, 1):
             return CAUSAL
         return Unsupported(
             "not_causal",
@@ -92,7 +92,7 @@ def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis)
         return Unsupported(
             "mask_not_understood", node, "the attention mask is computed from activations or parameters"
         )
-    if len(shape(mask)) > 2 and analysis.values[node.args[0]].layout.rank != 4:  # type: ignore[index]
+    if len(shape(mask)) > 2 and analysis.values[node_arg(node, 0)].layout.rank != 4:
         return Unsupported(
             "mask_not_understood", node, "a mask by row for attention whose rows aren't dim 0 of 4"
         )
@@ -106,14 +106,13 @@ def _causal(
     """The formula, if it is causal; a single position always is."""
     if isinstance(formula, Unsupported):
         return formula
-    if same_size(analysis.whole.positions, 1):  # type: ignore[union-attr]
+    if same_size(analysis.whole.positions, 1):
         return replace(formula, causal=True)
     return require_causal(formula, node)
 
 
 def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
-    probs, v = node.args[0], node.args[1]
-    softmax = _skip_casts(probs, analysis)
+    softmax = _skip_casts(node.args[0], analysis)
     if not isinstance(softmax, fx.Node) or softmax.target not in _SOFTMAX:
         return Unsupported("token_mixing", node, "weights over keys that aren't the result of a softmax")
     masks: list[MaskFormula] = []
@@ -139,6 +138,7 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
     if isinstance(formula, Unsupported):
         return formula
     q, k = scores.args[-2:]
+    v = node_arg(node, 1)
     return AttentionMatch(
         node, q, k, v, scale, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False
     )
@@ -280,7 +280,7 @@ def _constant(x: Any) -> float | None:
 
 
 def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
-    """True for -inf, False for the lowest finite number of the scores' dtype, None for anything else (a finite bias)."""
+    """True for -inf, False for the lowest finite number of the scores' dtype, None for anything else (a bias)."""
     number = _constant(value)
     if number is None:
         return None

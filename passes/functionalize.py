@@ -31,7 +31,9 @@ def functionalize(gm: fx.GraphModule) -> None:
                 new.meta["val"] = val(target).to(result)
                 new = with_dtype
         order[new] = order[node]
-        target.replace_all_uses_with(new, delete_user_cb=lambda user: order.get(user, -1) > order[node])
+        target.replace_all_uses_with(
+            new, delete_user_cb=lambda user, write=order[node]: order.get(user, -1) > write
+        )
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     gm.recompile()
@@ -77,4 +79,4 @@ def _result_dtype(functional: Any, node: fx.Node) -> torch.dtype:
     args, kwargs = fx.map_arg((node.args, node.kwargs), val)
     fakes = [a for a in node.all_input_nodes if is_tensor(a)]
     with val(fakes[0]).fake_mode:
-        return functional(*args, **kwargs).dtype  # type: ignore[no-any-return]
+        return functional(*args, **kwargs).dtype

@@ -144,6 +144,13 @@ def mutated_args(node: fx.Node) -> list[fx.Node]:
     return written
 
 
+def node_arg(node: fx.Node, index: int) -> fx.Node:
+    """A positional argument that is a node, by the operation's schema."""
+    arg = node.args[index]
+    assert isinstance(arg, fx.Node), f"argument {index} of `{node.target}` is {arg}"
+    return arg
+
+
 def bound_args(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments as the schema has them, so that rules see one calling convention."""
     schema = schema_of(node)

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from .attention_match import AttentionMatch
-from .graph import aten, bound_args, is_mode_switch, mutated_args
+from .graph import aten, bound_args, is_mode_switch, mutated_args, node_arg
 from .layout import KEY, POSITION, ROW, Dim, Selection, is_token_factor
 from .mask_formula import Column, emit_column
 from .padding import Factor, Guards
@@ -140,7 +140,7 @@ class Lowering:
                 self._column_node(column, like)
             if match.formula.data is not None:
                 self.data_masks.setdefault(match.formula.data, len(self.data_masks))
-        refusal = self._check_scores()
+        refusal = self._check_scores() or self._check_tables()
         if refusal is not None:
             return refusal
         for node in self.gm.graph.nodes:
@@ -153,6 +153,8 @@ class Lowering:
                 self._emit(node)
             elif node in needed and values[node].kind == LATE:
                 self._emit_late(node)
+            elif node in needed and values[node].kind == WEIGHT and node.op != "placeholder":
+                self._emit_weight(node)
         return self._finish()
 
     # -- prologue ---------------------------------------------------------------------------------------------
@@ -205,8 +207,6 @@ class Lowering:
             found: Any = self._input(Input("argument", self.placeholders[node]), "argument")
         elif kind == PROLOGUE:
             found = self._input(Input("value", self._result(node)), "value")
-        elif kind == WEIGHT:
-            found = self.packed.node_copy(node, self._in_packed)
         else:
             raise AssertionError(f"{node} ({kind}) isn't packed")
         self.packed_env[node] = found
@@ -235,19 +235,19 @@ class Lowering:
         return self.packed.node_copy(node, packed)
 
     def reshape(self, node: fx.Node, outcome: Any) -> fx.Node:
-        x = self._in_packed(node.args[0])  # type: ignore[arg-type]
+        x = self._in_packed(node_arg(node, 0))
         return self.packed.call_function(aten.reshape.default, (x, outcome.layout.packed_shape()))
 
     def expand(self, node: fx.Node, outcome: Any) -> fx.Node:
-        x = self._in_packed(node.args[0])  # type: ignore[arg-type]
+        x = self._in_packed(node_arg(node, 0))
         return self.packed.call_function(aten.expand.default, (x, outcome.layout.packed_shape()))
 
     def alias(self, node: fx.Node, outcome: Any) -> fx.Node:
-        return self._in_packed(outcome.detail or node.args[0])
+        return self._in_packed(outcome.detail or node_arg(node, 0))
 
     def drop_dim(self, node: fx.Node, outcome: Any) -> fx.Node:
         """One position of every row, or one row: the dim of size 1 goes, T stays."""
-        x = self._in_packed(node.args[0])  # type: ignore[arg-type]
+        x = self._in_packed(node_arg(node, 0))
         row_dim, dropped = outcome.detail
         if dropped != row_dim:
             x = self.packed.call_function(aten.transpose.int, (x, row_dim, dropped))
@@ -260,8 +260,9 @@ class Lowering:
         """An embedding of ids, or of positions (a table, whose rows repeat: our own gather, see docs/design.md)."""
         args = bound_args(node)[0]
         weight, index = self._in_packed(args[0]), self._packed_column(args[1], outcome.layout.dims[:-1])
-        if outcome.layout.has(ROW):
-            return self.packed.call_function(node.target, (weight, index, *args[2:]))
+        padding_idx = args[2]
+        if outcome.layout.has(ROW) or padding_idx != -1:
+            return self.packed.call_function(aten.embedding.default, (weight, index, *args[2:]))
         flat = self.packed.call_function(aten.reshape.default, (index, [-1]))
         rows = self.packed.call_function(torch.ops.pgcompile.gather_tokens.default, (weight, flat))
         return self.packed.call_function(aten.reshape.default, (rows, outcome.layout.packed_shape()))
@@ -269,7 +270,7 @@ class Lowering:
     def table(self, node: fx.Node, outcome: Any) -> fx.Node:
         """`parameter[:S]` along the position dim: one entry per packed token."""
         self.position_is_key = True
-        x, dim = self._in_packed(node.args[0]), outcome.detail  # type: ignore[arg-type]
+        x, dim = self._in_packed(node_arg(node, 0)), outcome.detail
         positions = self._input(Input("positions"), "positions")
         moved = self.packed.call_function(aten.transpose.int, (x, 0, dim))
         rows = self.packed.call_function(torch.ops.pgcompile.gather_tokens.default, (moved, positions))
@@ -329,8 +330,6 @@ class Lowering:
             found: Any = self._late_input("argument", self.placeholders[node])
         elif kind in (PROLOGUE, NUMBER):
             found = self._late_input("prologue", self._result(node))
-        elif kind == WEIGHT:
-            found = self.late.node_copy(node, self._in_late)
         elif kind == STREAM:
             layout = self.analysis.values[node].layout
             found = self.late.call_function(
@@ -363,8 +362,11 @@ class Lowering:
         """What the plan needs to apply a selection's cuts by itself."""
         if selection.parent is not None and selection not in self.cuts:
             target, args = _cut(selection)
-            self.cuts[selection] = (target, fx.map_arg(args, lambda n: ResultRef(self._result(n))))
+            self.cuts[selection] = (target, fx.map_arg(args, self._result_ref))
             self._note_cuts(selection.parent)
+
+    def _result_ref(self, node: fx.Node) -> Any:
+        return ResultRef(self._result(node))
 
     def _emit_late(self, node: fx.Node) -> None:
         outcome = self.analysis.values[node].outcome
@@ -409,6 +411,11 @@ class Lowering:
 
     # -- all three --------------------------------------------------------------------------------------------
 
+    def _emit_weight(self, node: fx.Node) -> None:
+        """What is computed from parameters goes where it stood, between the same mode switches, to both graphs."""
+        self.packed_env[node] = self.packed.node_copy(node, self._in_packed)
+        self.late_env[node] = self.late.node_copy(node, self._in_late)
+
     def _copy_switch(self, node: fx.Node) -> None:
         self.packed_env[node] = self.packed.node_copy(node, lambda n: self.packed_env[n])
         self.late_env[node] = self.late.node_copy(node, lambda n: self.late_env[n])
@@ -432,10 +439,22 @@ class Lowering:
                     )
         return None
 
+    def _check_tables(self) -> Unsupported | None:
+        """A table by position has no rows to unpack it to."""
+        for node, value in self.analysis.values.items():
+            if value.kind != STREAM or all(layout.has(ROW) or not layout.selection.is_whole for layout in value.layouts):
+                continue
+            for user in node.users:
+                if user in self.live and (user.op == "output" or self.analysis.kind(user) == LATE):
+                    return Unsupported("row_layout", user, "a table by position is used outside of the token stream")
+        return None
+
     def _finish(self) -> PackedGraphs:
         self.packed.output(tuple(self.packed_outputs))
         _drop_dead(self.packed)
         _drop_dead(self.late)
+        self.inputs = _used(self.packed, self.inputs)
+        self.late_inputs = _used(self.late, self.late_inputs)
         _order_placeholders(self.packed, list(self.inputs.values()))
         _order_placeholders(self.late, list(self.late_inputs.values()))
         formulas = {m.formula.data: m.formula for m in self.matches.values()}
@@ -459,7 +478,7 @@ class Lowering:
             late_inputs=list(self.late_inputs),
             keys=list(self.keys),
             position_is_key=self.position_is_key,
-            whole=self.analysis.whole,  # type: ignore[arg-type]
+            whole=self.analysis.whole,
             matches=list(self.matches.values()),
         )
 
@@ -517,7 +536,8 @@ def _prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: 
         ):
             wanted.add(node)
             wanted.update(node.all_input_nodes)
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in wanted or is_mode_switch(node):
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -551,6 +571,13 @@ def _drop_dead(graph: fx.Graph) -> None:
             last = None
         else:
             last = node
+
+
+def _used(graph: fx.Graph, inputs: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
+    """The inputs that something uses; the others are erased."""
+    for node in [n for n in inputs.values() if not n.users]:
+        graph.erase_node(node)
+    return {spec: node for spec, node in inputs.items() if node.users}
 
 
 def _order_placeholders(graph: fx.Graph, order: list[fx.Node]) -> None:

@@ -353,12 +353,13 @@ def apply(name: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
         return where(*args)
     if dtype == torch.bool and name in BOOLEAN and all(a.dtype == torch.bool for a in args):
         return BOOLEAN[name](*args)
-    if all(isinstance(a, Const) for a in args):
+    constants = [a for a in args if isinstance(a, Const)]
+    if len(constants) == len(args):
         with _disable_current_modes():
-            result = OPS[name](*(torch.tensor(a.value, dtype=a.dtype) for a in args))
+            result = OPS[name](*(torch.tensor(a.value, dtype=a.dtype) for a in constants))
             return Const(result.item(), dtype)
-    affines = [affine_of(a) for a in args]
-    if None not in affines:
+    affines = [affine for affine in map(affine_of, args) if affine is not None]
+    if len(affines) == len(args):
         known = _compare(name, *affines) if name in FLIPPED else _arithmetic(name, affines, dtype)
         if known is not None:
             return known
@@ -429,6 +430,6 @@ def _into_branches(name: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Exp
         return None  # may be `same_value` of two conditions: keep it whole
     if math.prod(map(len, trees)) > MAX_BRANCHES:
         return None
-    at = next(i for i, tree in enumerate(trees) if len(tree) > 1)
-    condition, *cases = args[at].args
+    at, tree = next((i, a) for i, a in enumerate(args) if isinstance(a, Op) and a.name == "where")
+    condition, *cases = tree.args
     return where(condition, *(apply(name, (*args[:at], case, *args[at + 1 :]), dtype) for case in cases))

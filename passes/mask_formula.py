@@ -121,13 +121,16 @@ def conjoin(*formulas: MaskFormula) -> MaskFormula | Unsupported:
     )
     if len(data) > 1:
         return _unclear(data[1][0], "two masks of one attention are data")
+    node, additive, negated = data[0] if data else (None, False, False)
     windows = [f.window for f in formulas if f.window is not None]
     return MaskFormula(
-        any(f.causal for f in formulas),
-        min(windows, default=None),
-        tuple(dict.fromkeys(c for f in formulas for c in f.key_valid)),
-        tuple(dict.fromkeys(c for f in formulas for c in f.same_value)),
-        *(data[0] if data else (None, False, False)),
+        causal=any(f.causal for f in formulas),
+        window=min(windows, default=None),
+        key_valid=tuple(dict.fromkeys(c for f in formulas for c in f.key_valid)),
+        same_value=tuple(dict.fromkeys(c for f in formulas for c in f.same_value)),
+        data=node,
+        data_additive=additive,
+        data_negated=negated,
         minus_inf=all(f.minus_inf for f in formulas),
     )
 
@@ -201,6 +204,7 @@ def _unmasked(expr: Expr) -> Expr:
     """The condition under which a `where` tree of constants is zero."""
     if isinstance(expr, Const):
         return TRUE if expr.value == 0 else FALSE
+    assert isinstance(expr, Op) and expr.name == "where"
     return where(expr.args[0], *map(_unmasked, expr.args[1:]))
 
 
@@ -228,13 +232,16 @@ def _formula(
 ) -> MaskFormula | Unsupported:
     """Name the terms of a condition; if one of them is data, the whole mask `data.data` is."""
     node = data.data
+    assert node is not None  # every mask may turn out to be data
     terms = conjuncts(allowed)
     if any(_reads_pairs(term) for term in terms):
         return _as_data(data)
-    atoms = [_atom(term, node) for term in _by_index(reader, terms)]
-    for atom in atoms:
+    atoms = []
+    for term in _by_index(reader, terms):
+        atom = _atom(term, node)
         if isinstance(atom, Unsupported):
             return atom
+        atoms.append(atom)
     formula = conjoin(MaskFormula(minus_inf=minus_inf), *atoms)
     return require_causal(formula, node) if alone else formula
 
@@ -310,8 +317,11 @@ def _by_index(reader: MaskReader, terms: list[Expr]) -> list[Expr]:
     conjunction `p(n, q) - p(n, k) = q - k`, hence comparisons of that difference are comparisons of indices.
     """
     for column in filter(None, map(_same_value, terms)):
-        base = reader.unit_step_base(column.expr.node) if isinstance(column.expr, Element) else None
-        if base is None or column.expr.indices != (Affine.dim(ROW), Affine.dim(POSITION)):
+        number = column.expr
+        if not isinstance(number, Element) or number.indices != (Affine.dim(ROW), Affine.dim(POSITION)):
+            continue
+        base = reader.unit_step_base(number.node)
+        if base is None:
             continue
         first = 4  # a fresh index: where the segment's positions start
         table = {
@@ -407,6 +417,7 @@ class _Emitter:
             term = self._dim(dim)
             term = term if factor == 1 else self.call(aten.mul.Tensor, term, factor)
             total = term if total is None else self.call(aten.add.Tensor, total, term)
+        assert total is not None  # without terms, it is the offset
         return total
 
     def _dim(self, dim: int | Part) -> fx.Node:

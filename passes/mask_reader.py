@@ -108,11 +108,9 @@ class MaskReader:
         step = _match(node, aten.cumsum.default, dim=-1)
         difference = step and _match(step, aten.ne.Scalar, other=1)
         base = difference and _match(difference, aten.diff.default, n=1, dim=-1, append=None)
-        if (
-            base is None
-            or base.meta["val"].dim() != 2
-            or base.meta["val"].dtype not in (torch.int64, torch.int32)
-        ):
+        if step is None or difference is None or base is None:
+            return None
+        if base.meta["val"].dim() != 2 or base.meta["val"].dtype not in (torch.int64, torch.int32):
             return None
         prepend = bound_args(difference)[0][3]
         if not isinstance(prepend, fx.Node) or not same_size(prepend.meta["val"].shape[1], 1):
@@ -127,10 +125,11 @@ class MaskReader:
 
 def _match(node: fx.Node, target: Any, **options: Any) -> fx.Node | None:
     """The first argument of a call to `target` whose arguments `options` have these values."""
-    if node.target is not target:
+    schema = schema_of(node)
+    if node.target is not target or schema is None:
         return None
     positional, keywords = bound_args(node)
-    given = dict(zip((a.name for a in schema_of(node).arguments), positional, strict=False), **keywords)
+    given = dict(zip((a.name for a in schema.arguments), positional, strict=False), **keywords)
     rank = node.meta["val"].dim()
     if "dim" in options and isinstance(given["dim"], int):
         given["dim"] = given["dim"] % rank - rank
@@ -144,7 +143,7 @@ def _lifted_constant(node: fx.Node) -> Expr | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.op != "get_attr" or node.graph.owning_module is None:
         return None
-    value = getattr(node.graph.owning_module, source.target, None)
+    value = getattr(node.graph.owning_module, str(source.target), None)
     if isinstance(value, torch._subclasses.FakeTensor):
         value = value.constant
     return (

@@ -186,6 +186,7 @@ def _index(out, x, indices):
     for d, value in zip(places, chosen, strict=True):
         # an index tensor, broadcast against the others, spans the dims `at : at + width` of the result
         affine = affine_of(broadcast(value, out.shape[at : at + width]))
+        assert affine is not None  # as it was before broadcasting
         mapping[d] = affine.substitute({i: Affine.dim(i + at) for i in range(width)})
     return substitute(x.expr, mapping)
 
@@ -199,14 +200,21 @@ def _identity(out, x, *_, **__):
 
 def _operand(x: Any, out: torch.Tensor, dtype: torch.dtype) -> Expr | None:
     """An argument of arithmetic, broadcast and promoted; None for a number that the kernel may round differently."""
-    if not isinstance(x, (Value, bool, int, float)):
+    if isinstance(x, Value):
+        expr = broadcast(x, out.shape)
+        if not isinstance(expr, Const):
+            return cast(expr, dtype)
+        x = expr.value
+    if not isinstance(x, (bool, int, float)):
         return None
-    raw = broadcast(x, out.shape) if isinstance(x, Value) else None
-    value = x if raw is None else raw.value if isinstance(raw, Const) else None
-    result = constant(value, dtype) if value is not None else cast(raw, dtype)
-    if value is not None and dtype in (torch.float16, torch.bfloat16) and result.value != value:
-        return None
-    return result
+    result = constant(x, dtype)
+    return None if dtype in (torch.float16, torch.bfloat16) and result.value != x else result
+
+
+def _operands(args: Sequence[Any], out: torch.Tensor, dtype: torch.dtype) -> tuple[Expr, ...] | None:
+    """`_operand` of every argument; None if it is None for one."""
+    found = tuple(expr for x in args if (expr := _operand(x, out, dtype)) is not None)
+    return found if len(found) == len(args) else None
 
 
 def _elementwise(name: str, dtype_of: Callable[..., torch.dtype]) -> Callable[..., Expr | None]:
@@ -214,8 +222,8 @@ def _elementwise(name: str, dtype_of: Callable[..., torch.dtype]) -> Callable[..
         if not all(isinstance(x, (Value, bool, int, float)) for x in args):
             return None
         dtype = dtype_of(out, *args)
-        operands = tuple(_operand(x, out, dtype) for x in args)
-        return None if None in operands else cast(apply(name, operands, _result(name, dtype)), out.dtype)
+        operands = _operands(args, out, dtype)
+        return None if operands is None else cast(apply(name, operands, _result(name, dtype)), out.dtype)
 
     return rule
 
@@ -238,8 +246,8 @@ def _boolean(out, *args):
 
 def _with_alpha(name: str, flip: bool = False) -> Callable[..., Expr | None]:
     def rule(out, a, b, alpha=1):
-        operands = [_operand(x, out, out.dtype) for x in (a, b, alpha)]
-        if None in operands or (alpha != 1 and out.dtype == torch.bool):
+        operands = _operands((a, b, alpha), out, out.dtype)
+        if operands is None or (alpha != 1 and out.dtype == torch.bool):
             return None
         a, b, factor = operands
         b = b if alpha == 1 else apply("mul", (b, factor), out.dtype)

@@ -68,7 +68,7 @@ def run_passes(
                 _dump(dump_dir, number, name, "before", compilation)
                 run(compilation)
                 _dump(dump_dir, number, name, "after", compilation)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong in a pass, the original graph still runs
+        except Exception as error:  # whatever goes wrong in a pass, the original graph still runs
             compilation.errors.append(error)
             kind = "trace_failed" if compilation.aten is None else "internal_error"
             text = f"{name} raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -56,19 +56,19 @@ class Analysis:
     """The side table and what was learned on the way.
 
     Args:
+        whole: the selection of all tokens; its sizes are N and S.
         values: kind and layout of every node.
         mixers: nodes that let a token see others: attention, in graph order.
         columns: prologue nodes that enter the stream, with the dims they are packed to: `(node, dims)`, in order.
-        whole: the selection of all tokens; its sizes are N and S.
         reasons: why nodes that a mixer depends on could not be packed (the roots, not what follows from them).
         roots: the same, had every node to be packed: why something late isn't.
     """
 
     graph: fx.Graph
+    whole: Selection
     values: dict[fx.Node, Value] = field(default_factory=dict)
     mixers: list[fx.Node] = field(default_factory=list)
     columns: dict[tuple[fx.Node, tuple[Dim, ...]], None] = field(default_factory=dict)
-    whole: Selection | None = None
     reasons: list[Unsupported] = field(default_factory=list)
     roots: list[Unsupported] = field(default_factory=list)
 
@@ -227,7 +227,7 @@ class _Walk:
         self, graph: fx.Graph, seeds: Seeds, dropout: str, survey: bool, before_mixer: set[fx.Node] | None,
         tables: dict[fx.Node, int],
     ) -> None:  # fmt: skip
-        self.out = Analysis(graph, whole=seeds.whole)
+        self.out = Analysis(graph, seeds.whole)
         self.seeds, self.dropout, self.survey = seeds, dropout, survey
         self.before_mixer, self.tables = before_mixer, tables
         self.selections: dict[Any, Selection] = {}
@@ -273,9 +273,9 @@ class _Walk:
         if STREAM not in kinds:
             return self._written(node) or Value(WEIGHT)
         if node.target is operator.getitem:
-            source, index = node.args
-            layouts = self.out.values[source].layouts  # type: ignore[index]
-            return Value(STREAM, (layouts[index],), Outcome(layouts[index]))  # type: ignore[index]
+            source, index = bound_args(node)[0]
+            layouts = self.out.values[source].layouts
+            return Value(STREAM, (layouts[index],), Outcome(layouts[index]))
         found = self._written(node)
         return found or self._apply(node)
 
@@ -307,7 +307,7 @@ class _Walk:
         if node.op == "placeholder":
             outcome = Outcome(layout, {node: layout.dims}, action="column")
             return Value(STREAM, (layout,), outcome)
-        weight, index, _, scale_by_freq, sparse = bound_args(node)[0]
+        _, index, _, scale_by_freq, sparse = bound_args(node)[0]
         if scale_by_freq or sparse:
             hint = "turn scale_grad_by_freq and sparse off"
             return Value(
@@ -400,7 +400,7 @@ def _multiply_adds(node: fx.Node) -> int:
     return math.prod(_hint(s) for s in (*shape(node), inner))
 
 
-_PRODUCTS = {
+_PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
     aten.baddbmm.default: 1, aten.scaled_dot_product_attention.default: 1,
 }  # fmt: skip
@@ -421,9 +421,10 @@ def _base_of(node: fx.Node) -> fx.Node:
     while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema
         aliased = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None]
-        if not aliased or aliased[0] >= len(node.args) or not isinstance(node.args[aliased[0]], fx.Node):
+        source = node.args[aliased[0]] if aliased and aliased[0] < len(node.args) else None
+        if not isinstance(source, fx.Node):
             break
-        node = node.args[aliased[0]]  # type: ignore[assignment]
+        node = source
     return node
 
 
@@ -449,6 +450,6 @@ def _wanted_tables(analysis: Analysis, known: dict[fx.Node, int]) -> dict[fx.Nod
             args = bound_args(node)[0]
             dim = args[1] % len(shape(node))
             starts_at_zero = args[2] in (0, None) and args[4] == 1
-            if starts_at_zero and node not in known and same_size(shape(node)[dim], analysis.whole.positions):  # type: ignore[union-attr]
+            if starts_at_zero and node not in known and same_size(shape(node)[dim], analysis.whole.positions):
                 wanted[node] = dim
     return wanted

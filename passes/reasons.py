@@ -45,7 +45,7 @@ KINDS: dict[str, str] = {
 # What a user can do, where the one who found it has nothing better to say.
 HINTS: dict[str, str] = {
     "not_causal": "pass is_causal=True or a causal mask",
-    "mask_not_understood": "build the mask from comparisons of positions and from [N, S] columns; see docs/fallbacks.md",
+    "mask_not_understood": "build it from comparisons of positions and from [N, S] columns; see docs/fallbacks.md",
     "finite_mask": "mask with torch.finfo(dtype).min or -inf",
     "token_mixing": "move it behind the last attention, where tokens are unpacked, or out of the compiled region",
     "row_mixing": "move it behind the last attention, where tokens are unpacked, or out of the compiled region",

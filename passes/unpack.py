@@ -36,7 +36,9 @@ def unpack_tokens(x: Tensor, token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor
     present = [f for f in (ROW, POSITION) if f in factors]
     order = [present.index(f) if is_token_factor(f) else None for f in factors]
     rest = iter(range(len(present), dense.dim()))
-    dense = dense.permute([next(rest) if i is None else i for i in order])
+    permuted = [next(rest) if i is None else i for i in order]
+    if permuted != sorted(permuted):
+        dense = dense.permute(permuted)
     for i, dim in enumerate(dims):
         if len(dim) > 1:
             dense = dense.flatten(i, i + len(dim) - 1)

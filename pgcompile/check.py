@@ -45,7 +45,7 @@ def compare(gm: fx.GraphModule, args: Sequence[Any], outputs: Any, plan: Plan) -
             sum((v * w).sum() for v, w in zip(side, weights, strict=True) if v.requires_grad)
             for side in zip(*pairs, strict=True)
         ]
-        grads = [torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) for loss in losses]  # type: ignore[arg-type]
+        grads = [torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) for loss in losses]
         for i, (f, e) in enumerate(zip(*grads, strict=True)):
             if f is not None and e is not None:
                 _compare(f"gradient of argument {i} {list(e.shape)}", f, e)

@@ -56,12 +56,14 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     if options.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+        return aot_eager(gm, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(options.inner_mode) if options.inner_mode else None
-    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[no-any-return]
+    compiled = compile_fx(gm, list(inputs), config_patches=patches)
+    assert callable(compiled)  # anything else is for AOTInductor
+    return compiled
 
 
 def family_of(graphs: PackedGraphs, aten_gm: fx.GraphModule, options: Options) -> Family:
@@ -98,6 +100,7 @@ def _compile_packed(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, 
     segments = _dynamic_size(env, "segments", 100003)
     with FakeTensorMode(shape_env=env):
         inputs = packed_inputs(graphs, aten_gm, size, segments)
+    assert isinstance(inputs, list)  # or `verify` would have refused the graph
     call = compile_inner(_copy(graphs.packed), inputs, options)
     symbol = size.node.expr
     for guard in env.guards:
@@ -120,7 +123,9 @@ def _dynamic_size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
 
     source = ConstantSource(f"num_{name}")
     symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-    return env.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]
+    size = env.create_symintnode(symbol, hint=hint, source=source)
+    assert isinstance(size, torch.SymInt)  # an int is for static sizes
+    return size
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -135,10 +140,10 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 def structure(gm: fx.GraphModule) -> tuple[Any, ...]:
     """What two graphs have in common iff they compute the same: operations, wiring and constants by value."""
-    number = {node: i for i, node in enumerate(gm.graph.nodes)}
+    numbered: dict[fx.Node, Any] = {node: _Ref(i) for i, node in enumerate(gm.graph.nodes)}
     rows = []
     for node in gm.graph.nodes:
-        args = fx.map_arg((node.args, node.kwargs), lambda n: _Ref(number[n]))
+        args = fx.map_arg((node.args, node.kwargs), numbered.__getitem__)
         target: Any = "" if node.op == "placeholder" else str(node.target)
         if node.op == "get_attr":
             target = _constant_key(getattr(gm, str(node.target)))
@@ -163,6 +168,7 @@ def _constant_key(value: Any) -> Any:
 def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = packed_inputs(graphs, aten_gm, 7919)
+    assert isinstance(inputs, list)  # or `verify` would have refused the graph
     return tuple(
         (tuple(x.shape), x.dtype, str(x.device), x.requires_grad) if isinstance(x, torch.Tensor) else repr(x)
         for x in inputs
@@ -218,7 +224,7 @@ class DenseGraph:
                 dynamic = [
                     DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in example.shape
                 ]
-                context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+                context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dynamic)
                 fakes.append(mode.from_tensor(arg, symbolic_context=context, source=source))
             elif isinstance(example, torch.SymInt):
                 symbol = env.create_symbol(arg, source, dynamic_dim=DimDynamic.DUCK)

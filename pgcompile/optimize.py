@@ -48,7 +48,7 @@ def _optimize(target: Any, options: Options) -> Any:
             raise TypeError(
                 f"optimize takes a function, an nn.Module class or instance, not the class {target.__name__}"
             )
-        target.forward = torch.compile(target.forward, backend=backend)  # type: ignore[method-assign]
+        target.forward = torch.compile(target.forward, backend=backend)
         return target
     if not callable(target):
         raise TypeError(
@@ -76,7 +76,10 @@ def explain(
     explanation = Explanation()
 
     def collect(report: GraphReport | BatchReport) -> None:
-        (explanation.graphs if isinstance(report, GraphReport) else explanation.batches).append(report)  # type: ignore[arg-type]
+        if isinstance(report, GraphReport):
+            explanation.graphs.append(report)
+        else:
+            explanation.batches.append(report)
 
     target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
     compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))

@@ -263,7 +263,7 @@ def select_map(token_map: Tensor, selection: Any, results: Sequence[Tensor], gra
         return token_map
     target, args = graphs.cuts[selection]
     parent = select_map(token_map, selection.parent, results, graphs)
-    return target(parent, *tree_map(lambda a: results[a.index] if isinstance(a, ResultRef) else a, args))  # type: ignore[no-any-return]
+    return target(parent, *tree_map(lambda a: results[a.index] if isinstance(a, ResultRef) else a, args))
 
 
 def _kept_range(dropped: np.ndarray | None, n: int, s: int) -> tuple[np.ndarray, np.ndarray]:

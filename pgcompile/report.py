@@ -124,7 +124,7 @@ class Explanation:
                 if reason.hint:
                     console.print(f"    hint: {reason.hint}", markup=False)
         if self.batches:
-            names = (
+            columns = (
                 "rows",
                 "positions",
                 "dense_tokens",
@@ -135,9 +135,9 @@ class Explanation:
                 "saving",
                 "decision",
             )
-            table = Table(*(n.replace("_", " ") for n in names), title="batches", title_justify="left")
+            table = Table(*(n.replace("_", " ") for n in columns), title="batches", title_justify="left")
             for batch in self.batches:
-                cells = [getattr(batch, n) for n in names]
+                cells = [getattr(batch, n) for n in columns]
                 table.add_row(*(f"{c:.1%}" if isinstance(c, float) else str(c) for c in cells))
             console.print(table)
             for batch in self.batches:

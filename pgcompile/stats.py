@@ -41,7 +41,7 @@ def count(**increments: float) -> None:
     """Add to counters by name."""
     global _current
     with _lock:
-        _current = replace(_current, **{k: getattr(_current, k) + v for k, v in increments.items()})  # type: ignore[arg-type]
+        _current = replace(_current, **{k: getattr(_current, k) + v for k, v in increments.items()})
 
 
 def stats() -> Stats:

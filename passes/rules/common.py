@@ -118,7 +118,9 @@ def register(rule: Rule, *packets: Any) -> None:
 
 
 def overloads_of(packet: Any) -> Iterable[Any]:
-    return (getattr(packet, name) for name in packet.overloads())
+    """All overloads but those that write into an argument (`out=`): the walk refuses them before any rule."""
+    found = (getattr(packet, name) for name in packet.overloads())
+    return (overload for overload in found if not overload._schema.is_mutable)
 
 
 def operands_in(args: Any) -> list[Operand]:
@@ -182,8 +184,16 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
             return refuse("row_layout", "a parameter is aligned with positions", operand=o.node)
         if not selection.is_whole:
             return refuse("token_mixing", "a column of the batch meets a slice of its tokens", operand=o.node)
+        if is_per_row(aligned) and layout.has(POSITION):
+            return refuse("row_layout", "a value per row has no dim that is aligned with positions", operand=o.node)
         columns[o.node] = aligned
     return layout, columns
+
+
+def is_per_row(dims: Sequence[Dim]) -> bool:
+    """Packed, such a value has size T in the dim of its rows, where a value per token has size 1."""
+    factors = [f for dim in dims for f in dim]
+    return ROW in factors and POSITION not in factors
 
 
 def _broadcast_dim(streams: Sequence[Operand], operands: Sequence[Operand], d: int) -> Dim | Unsupported:
@@ -200,6 +210,9 @@ def _broadcast_dim(streams: Sequence[Operand], operands: Sequence[Operand], d: i
         plain_streams = (o for o in streams if -d <= o.tokens.rank and o.tokens.dims[d] != dim)
         if any(not is_plain_one(o.tokens.dims[d]) for o in plain_streams):
             return refuse("row_layout", "a plain dim of one value meets rows or positions of another")
+        holder = next(o for o in streams if -d <= o.tokens.rank and o.tokens.dims[d] == dim)
+        if same_size(holder.shape[d], 1) and any(-d <= len(o.shape) and not _is_one(o.shape[d]) for o in operands):
+            return refuse("row_layout", "a row or position dim of size 1 is broadcast to another size")
         return dim
     sizes = [o.shape[d] for o in operands if -d <= len(o.shape)]
     return next((plain(s) for s in sizes if plain(s)), ())
@@ -250,6 +263,7 @@ __all__ = [
     "Rule",
     "aligned_dims",
     "broadcast",
+    "is_per_row",
     "mixing",
     "normalize_dims",
     "operands_in",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..layout import POSITION, ROW, Dim, plain
+from ..layout import POSITION, ROW, Dim, is_token_factor, plain
 from ..reasons import Unsupported
 from .common import PROLOGUE, STREAM, Op, Operand, Outcome, aligned_dims, mixing, refuse, register, same_size
 
@@ -29,7 +29,7 @@ def slice_rule(
 
 
 def narrow_rule(op: Op, x: Operand, dim: int, start: Any, length: Any) -> Outcome | Unsupported:
-    return slice_rule(op, x, dim, start, None, 1)
+    return slice_rule(op, x, dim, start, (start, length), 1)  # the end only tells cuts apart
 
 
 def index_select_rule(op: Op, x: Operand, dim: int, index: Operand) -> Outcome | Unsupported:
@@ -80,6 +80,8 @@ def select_rule(op: Op, x: Operand, dim: int, index: Any) -> Outcome | Unsupport
     if old.rows is None or old.positions is None:
         return mixing(x.tokens, [dim], "a single token")
     is_row = x.tokens.dims[dim] == (ROW,)
+    if not is_row and (ROW,) not in x.tokens.dims:
+        return mixing(x.tokens, [dim], "a position of rows that share a dim with others")
     rows, positions = (None, old.positions) if is_row else (old.rows, None)
     selection = op.select(old, ("select", is_row, index), rows, positions, 0 if is_row else 1)
     return Outcome(type(x.tokens)(dims, selection), action="drop_dim", detail=(x.tokens.dim_of(ROW), dim))
@@ -87,21 +89,21 @@ def select_rule(op: Op, x: Operand, dim: int, index: Any) -> Outcome | Unsupport
 
 def index_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome | Unsupported:
     """`x[rows, positions]` with indices computed from inputs: one token per row, or several."""
-    given = [i for i, index in enumerate(indices) if index is not None]
+    given = {i: index for i, index in enumerate(indices) if index is not None}
     if not isinstance(x, Operand) or x.kind != STREAM:
         return refuse("unknown_op", "a table is indexed by values computed from tokens")
-    if any(o.kind != PROLOGUE or o.node.meta["val"].dtype == torch.bool for o in indices if o is not None):
+    if any(o.kind != PROLOGUE or o.node.meta["val"].dtype == torch.bool for o in given.values()):
         return refuse("token_mixing", "an index computed from tokens, or a boolean mask, picks tokens")
-    if given == [1] and x.tokens.dims[1] == (POSITION,) and len(indices[1].shape) == 1:  # type: ignore[union-attr]
-        return _cut(op, x, 1, (1, indices[1].node))  # type: ignore[union-attr]
-    if given != [0, 1] or x.tokens.dims[:2] != ((ROW,), (POSITION,)):
+    if list(given) == [1] and x.tokens.dims[1] == (POSITION,) and len(given[1].shape) == 1:
+        return _cut(op, x, 1, (1, given[1].node))
+    if list(given) != [0, 1] or x.tokens.dims[:2] != ((ROW,), (POSITION,)):
         return refuse("token_mixing", f"`{op.name}` picks tokens in a way that has no rule")
     refusal = _cut_refusal(op, x, 0)
     if refusal is not None:
         return refusal
     rank = len(op.shape) - (x.tokens.rank - 2)
     old = x.tokens.selection
-    key = ("index", *(o.node for o in indices if o is not None))
+    key = ("index", *(o.node for o in given.values()))
     if rank == 1:
         selection = op.select(old, key, op.shape[0], None)
         dims: tuple[Dim, ...] = ((ROW,), *x.tokens.dims[2:])
@@ -141,8 +143,12 @@ def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outco
 
 
 def has_one_wide_dim(x: Operand) -> bool:
-    """Tokens, then one plain dim (the vocabulary): what labels are looked up in."""
-    return all(x.tokens.is_token_dim(d) for d in range(x.tokens.rank - 1)) and not x.tokens.is_token_dim(-1)
+    """All tokens of a selection, then one plain dim (the vocabulary): what labels are looked up in."""
+    *leading, last = x.tokens.dims
+    held = [f for dim in leading for f in dim]
+    selection = x.tokens.selection
+    wanted = {f for f, size in ((ROW, selection.rows), (POSITION, selection.positions)) if size is not None}
+    return all(leading) and set(held) == wanted and not any(map(is_token_factor, last))
 
 
 def embedding_rule(

@@ -8,7 +8,7 @@ import torch
 
 from ..layout import KEY, POSITION, ROW, Dim, TokenLayout, plain
 from ..reasons import Unsupported
-from .common import STREAM, WEIGHT, Op, Operand, Outcome, aligned_dims, broadcast, mixing, refuse, register
+from .common import STREAM, WEIGHT, Op, Operand, Outcome, aligned_dims, broadcast, is_per_row, mixing, refuse, register
 
 aten = torch.ops.aten
 
@@ -24,25 +24,21 @@ def linear_rule(op: Op, x: Operand, weight: Operand, bias: Operand | None = None
     return Outcome(x.tokens.with_dims((*x.tokens.dims[:-1], *tail)))
 
 
-def addmm_rule(op: Op, bias: Operand, x: Operand, weight: Operand, **_: Any) -> Outcome | Unsupported:
-    if bias.kind == STREAM:
-        found = matmul_rule(op, x, weight)
-        if isinstance(found, Unsupported) or found.action != "emit" or found.columns:
-            return (
-                found if isinstance(found, Unsupported) else refuse("unknown_op", "addmm of attention scores")
-            )
-        assert isinstance(found.layout, TokenLayout)
-        product = Operand(op.node, STREAM, op.shape, found.layout)
-        both = broadcast([bias, product])
-        return both if isinstance(both, Unsupported) else Outcome(*both)
-    return matmul_rule(op, x, weight)
+def addmm_rule(op: Op, bias: Operand, x: Operand, weight: Operand, *_: Any, **__: Any) -> Outcome | Unsupported:
+    """`bias + x @ weight`, for baddbmm too; the bias broadcasts against the product."""
+    if STREAM not in (x.kind, weight.kind):
+        return refuse("unknown_op", f"`{op.name}` adds tokens to a product without tokens")
+    found = matmul_rule(op, x, weight)
+    if isinstance(found, Unsupported):
+        return found
+    assert isinstance(found.layout, TokenLayout)
+    if found.action != "emit":
+        return refuse("unknown_op", f"`{op.name}` adds to the result of attention")
+    both = broadcast([bias, Operand(op.node, STREAM, op.shape, found.layout)])
+    return both if isinstance(both, Unsupported) else Outcome(both[0], found.columns | both[1])
 
 
-def baddbmm_rule(op: Op, bias: Operand, x: Operand, y: Operand, **_: Any) -> Outcome | Unsupported:
-    return addmm_rule(op, bias, x, y)
-
-
-def matmul_rule(op: Op, a: Operand, b: Operand) -> Outcome | Unsupported:
+def matmul_rule(op: Op, a: Operand, b: Operand, *_: Any) -> Outcome | Unsupported:
     """`a @ b`: plain contraction; query·key gives scores with a KEY dim; probabilities @ values is attention."""
     if len(a.shape) < 2 or len(b.shape) < 2:
         return _vector_rule(op, a, b)
@@ -54,6 +50,9 @@ def matmul_rule(op: Op, a: Operand, b: Operand) -> Outcome | Unsupported:
     for o in (a, b):
         if o.kind not in (STREAM, WEIGHT) and (aligned := columns.get(o.node)):
             columns[o.node] = (*aligned, plain(o.shape[-2]), plain(o.shape[-1]))
+    if KEY in (*inner_a, *inner_b) or (POSITION in rows and POSITION in cols):
+        if not layout.selection.is_whole:
+            return refuse("token_mixing", "attention over a slice of the tokens")
     if inner_a == (KEY,):
         if inner_b != (POSITION,) or POSITION in cols or not {a.kind, b.kind} == {STREAM}:
             return refuse(
@@ -71,6 +70,8 @@ def matmul_rule(op: Op, a: Operand, b: Operand) -> Outcome | Unsupported:
             return refuse("token_mixing", "tokens meet other tokens in a product that isn't query times key")
         cols = (KEY,)
     dims = (*layout.dims, rows, cols)
+    if any(map(is_per_row, columns.values())):
+        return refuse("row_layout", f"`{op.name}` with a matrix per row, which has no dim for positions")
     return _checked(layout, dims, columns, op)
 
 
@@ -126,7 +127,8 @@ def einsum_rule(op: Op, equation: str, tensors: list[Operand], **_: Any) -> Outc
                 return refuse("row_layout", f"einsum {equation!r} matches a constant with token dims")
             for label, size in zip(term, tensor.shape, strict=True):
                 labels.setdefault(label, plain(size))
-    dims = tuple(labels[label] for label in output)
+    sized = zip(output, op.shape, strict=True)  # a plain label may have size 1 here and another size there
+    dims = tuple(labels[label] if any(isinstance(f, str) for f in labels[label]) else plain(size) for label, size in sized)
     token_labels = {label for label, dim in labels.items() if any(isinstance(f, str) for f in dim)}
     if len({f for label in token_labels for f in labels[label]}) != sum(
         len(labels[lb]) for lb in token_labels
@@ -184,8 +186,8 @@ def recurrent_rule(op: Op, *args: Any, **kwargs: Any) -> Unsupported:
 
 register(linear_rule, aten.linear.default)
 register(matmul_rule, aten.matmul, aten.mm, aten.bmm, aten.mv)
-register(addmm_rule, aten.addmm)
-register(baddbmm_rule, aten.baddbmm)
+register(addmm_rule, aten.addmm, aten.baddbmm)
+
 register(einsum_rule, aten.einsum.default)
 register(sdpa_rule, aten.scaled_dot_product_attention.default)
 register(

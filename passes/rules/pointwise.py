@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..layout import Dim, TokenLayout
+from ..layout import Dim, plain
 from ..reasons import Unsupported
-from .common import Op, Operand, Outcome, broadcast, operands_in, refuse, register
+from .common import STREAM, Op, Operand, Outcome, broadcast, operands_in, refuse, register, same_size
 
 aten = torch.ops.aten
 
@@ -60,16 +60,38 @@ def glu_rule(op: Op, x: Operand, dim: int = -1) -> Outcome | Unsupported:
     if x.tokens.is_token_dim(dim):
         return refuse("token_mixing", "glu halves a token dim")
     dims = list(x.tokens.dims)
-    dims[dim] = (op.shape[dim],)
-    return Outcome(TokenLayout(tuple(dims), x.tokens.selection))
+    dims[dim] = plain(op.shape[dim])
+    return Outcome(x.tokens.with_dims(dims))
+
+
+def like_rule(op: Op, x: Operand, other: Operand, *_: Any, **__: Any) -> Outcome | Unsupported:
+    """type_as, to(other): `other` gives its dtype only, its shape doesn't matter."""
+    if not isinstance(x, Operand) or x.kind != STREAM:
+        return refuse("row_layout", "a value without tokens gets the dtype of tokens")
+    return Outcome(x.tokens)
+
+
+def prelu_rule(op: Op, x: Operand, weight: Operand) -> Outcome | Unsupported:
+    """The weight has one entry, or one for each index of dim 1, which then must be plain."""
+    if x.kind != STREAM or weight.kind == STREAM:
+        return refuse("unknown_op", "prelu with a slope computed from tokens")
+    if x.tokens.rank > 1 and x.tokens.is_token_dim(1) and not all(same_size(s, 1) for s in weight.shape):
+        return refuse("row_layout", "prelu with a slope for each row or position")
+    return Outcome(x.tokens)
 
 
 # Elementwise operations without the `pointwise` tag; the tagged ones need no entry (propagate.py).
 POINTWISE = (
-    aten.to, aten._to_copy, aten.type_as, aten.contiguous, aten.clone, aten.alias, aten.detach,
-    aten.lift_fresh, aten.masked_fill, aten.where, aten.clamp, aten.clamp_min, aten.clamp_max,
+    aten.to,
+    aten._to_copy,  aten.contiguous, aten.clone, aten.alias, aten.detach,
+    aten.lift_fresh, aten.masked_fill,
+    aten.where.self,
+    aten.where.Scalar,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
+    aten.clamp, aten.clamp_min, aten.clamp_max,
     aten.silu, aten.gelu, aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.celu, aten.mish,
-    aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.log_sigmoid, aten.threshold, aten.prelu,
+    aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.softplus, aten.log_sigmoid, aten.threshold,
     aten.tanh, aten.sigmoid, aten.square, aten.polar, aten.complex, aten.conj, aten.real, aten.imag, aten.angle,
     aten.resolve_conj, aten.lerp, aten.addcmul, aten.addcdiv, aten.nan_to_num, aten.special_expit, aten.isfinite,
     aten.isnan, aten.isinf, aten.true_divide, aten.floor_divide, aten.remainder, aten.logical_and, aten.logical_or,
@@ -79,6 +101,8 @@ POINTWISE = (
 
 for packet in POINTWISE:
     register(pointwise_rule, packet)
+register(like_rule, aten.type_as, aten.to.other, aten.to.prim_other)
+register(prelu_rule, aten.prelu)
 register(dropout_rule, aten.dropout.default, aten.feature_dropout.default)
 register(dropout_rule, aten.alpha_dropout.default)
 register(random_rule, aten.rand_like, aten.randn_like, aten.bernoulli, aten.rrelu)

@@ -52,7 +52,7 @@ def _reduced(op: Op, x: Operand, over: Sequence[int], keepdim: bool) -> Outcome 
 
 
 def along_rule(op: Op, x: Operand, dim: int = -1, *_: Any, **__: Any) -> Outcome | Unsupported:
-    """softmax, log_softmax, cumsum, sort, flip, …: along plain dims, keeping the shape. Softmax over keys is attention."""
+    """softmax, log_softmax, cumsum, sort, flip, …: along plain dims, of the same shape. Softmax over keys is attention."""
     rank = x.tokens.rank
     over = normalize_dims(dim, rank)
     token_dims = [d for d in over if x.tokens.is_token_dim(d)]
@@ -90,6 +90,9 @@ def layer_norm_rule(
         return mixing(x.tokens, [d for d in over if x.tokens.is_token_dim(d)], f"`{op.name}`")
     if any(p.kind == "stream" for p in operands_in(parameters)):
         return refuse("unknown_op", f"`{op.name}` with a scale computed from tokens")
+    if isinstance(op.result, (list, tuple)):  # with the statistics, which keep the normalized dims as ones
+        statistics = x.tokens.with_dims([() if d in over else dim for d, dim in enumerate(x.tokens.dims)])
+        return Outcome((x.tokens, *(statistics for _ in op.result[1:])))
     return Outcome(x.tokens)
 
 

@@ -86,6 +86,8 @@ def expand_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported
     dims: list[Dim] = []
     for d, size in enumerate(shape):
         dim = x.tokens.dims[d - offset] if d >= offset else ()
+        if not is_plain_one(dim) and same_size(x.shape[d - offset], 1) and not same_size(size, 1):
+            return refuse("row_mixing", f"`{op.name}` repeats the only row or position")
         if not is_plain_one(dim) or same_size(size, 1):
             dims.append(dim)
         elif isinstance(size, int) and not (d == 0 and _is_missing_row(x, size)):
@@ -107,7 +109,7 @@ def expand_as_rule(op: Op, x: Operand, other: Operand) -> Outcome | Unsupported:
 
 
 def _is_missing_row(x: Operand, size: Any) -> bool:
-    """A table by position expanded to the number of rows; a wrong guess meets the stream at another dim and is refused."""
+    """A table by position expanded to the number of rows; a wrong guess meets the stream elsewhere and is refused."""
     return x.tokens.has(POSITION) and not x.tokens.has(ROW) and same_size(size, x.tokens.selection.rows)
 
 
@@ -190,7 +192,8 @@ def unbind_rule(op: Op, x: Operand, dim: int = 0) -> Outcome | Unsupported:
 
 
 def repeat_rule(op: Op, x: Operand, repeats: Sequence[Any]) -> Outcome | Unsupported:
-    """repeat of plain dims only (`tile` and `repeat_interleave` likewise)."""
+    """repeat of plain dims only (`repeat_interleave` likewise, and `tile`, whose list may be shorter than the rank)."""
+    repeats = [1] * (x.tokens.rank - len(repeats)) + list(repeats)
     offset = len(repeats) - x.tokens.rank
     dims: list[Dim] = []
     for d, times in enumerate(repeats):
