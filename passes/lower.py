@@ -442,11 +442,15 @@ class Lowering:
     def _check_tables(self) -> Unsupported | None:
         """A table by position has no rows to unpack it to."""
         for node, value in self.analysis.values.items():
-            if value.kind != STREAM or all(layout.has(ROW) or not layout.selection.is_whole for layout in value.layouts):
+            if value.kind != STREAM or all(
+                layout.has(ROW) or not layout.selection.is_whole for layout in value.layouts
+            ):
                 continue
             for user in node.users:
                 if user in self.live and (user.op == "output" or self.analysis.kind(user) == LATE):
-                    return Unsupported("row_layout", user, "a table by position is used outside of the token stream")
+                    return Unsupported(
+                        "row_layout", user, "a table by position is used outside of the token stream"
+                    )
         return None
 
     def _finish(self) -> PackedGraphs:

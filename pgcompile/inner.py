@@ -102,20 +102,29 @@ def _compile_packed(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, 
         inputs = packed_inputs(graphs, aten_gm, size, segments)
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
     call = compile_inner(_copy(graphs.packed), inputs, options)
-    symbol = size.node.expr
+    least, most = 0.0, math.inf
     for guard in env.guards:
-        if not _is_range(guard.expr, symbol):
+        bounds = _bounds(guard.expr, size.node.expr)
+        if bounds is None:
             raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guard.expr}")
-    allowed = env.var_to_range[symbol]
-    return Artifact(call, float(allowed.lower), float(allowed.upper))
+        least, most = max(least, bounds[0]), min(most, bounds[1])
+    return Artifact(call, least, most)
 
 
-def _is_range(guard: Any, symbol: Any) -> bool:
-    """Is a guard a lower or upper bound on the number of tokens?"""
+def _bounds(guard: Any, symbol: Any) -> tuple[float, float] | None:
+    """The numbers of tokens that a guard allows, if it is a bound, `a * T + b <= c`; None for anything else."""
     import sympy
 
-    sides = {guard.lhs, guard.rhs} if isinstance(guard, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)) else set()
-    return symbol in sides and all(side == symbol or side.is_Integer for side in sides)
+    if not isinstance(guard, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    less = guard.gts - guard.lts  # what must be >= 0 (> 0)
+    slope, offset = less.coeff(symbol), less.subs(symbol, 0)
+    if sympy.expand(slope * symbol + offset - less) != 0 or not slope.is_Integer or not offset.is_Integer or slope == 0:
+        return None
+    limit = sympy.Rational(-offset, slope)
+    if isinstance(guard, (sympy.Lt, sympy.Gt)):
+        return (float(sympy.floor(limit)) + 1, math.inf) if slope > 0 else (0.0, float(sympy.ceiling(limit)) - 1)
+    return (float(sympy.ceiling(limit)), math.inf) if slope > 0 else (0.0, float(sympy.floor(limit)))
 
 
 def _dynamic_size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:

@@ -180,10 +180,32 @@ refuses(
 )
 refuses(aten.mul.Tensor, stream("N", "S"), stream("S", "N"), sizes=((4, 4),))
 refuses(aten.mul.Tensor, stream("N", "S", 6), stream("N", 6), sizes=((5, 5),))
-refuses(aten.mul.Tensor, stream("N", "S", 6), column(4, "S", 6), sizes=((1, 5),), conservative="one row becomes four")
-refuses(aten.mul.Tensor, stream("N", "S", 6), data(1, 7, 6), sizes=((4, 1),), conservative="one position becomes seven")
-refuses(aten.mul.Tensor, stream("S", "N", 6), column("N", 6), conservative="a value per row without a position dim")
-refuses(aten.mul.Tensor, stream("N", "S*3", 4), column("N", 1, 4), conservative="a value per row without a position dim")
+refuses(
+    aten.mul.Tensor,
+    stream("N", "S", 6),
+    column(4, "S", 6),
+    sizes=((1, 5),),
+    conservative="one row becomes four",
+)
+refuses(
+    aten.mul.Tensor,
+    stream("N", "S", 6),
+    data(1, 7, 6),
+    sizes=((4, 1),),
+    conservative="one position becomes seven",
+)
+refuses(
+    aten.mul.Tensor,
+    stream("S", "N", 6),
+    column("N", 6),
+    conservative="a value per row without a position dim",
+)
+refuses(
+    aten.mul.Tensor,
+    stream("N", "S*3", 4),
+    column("N", 1, 4),
+    conservative="a value per row without a position dim",
+)
 refuses(aten.add.Tensor, stream("N", 1, "S"), stream("N", "S", 1))
 refuses(
     aten.add.Tensor, call(aten.slice.Tensor, stream("N", "S", 6), 1, 0, 1), stream("N", "S", 6), late=True
@@ -201,12 +223,11 @@ packs(aten.prelu.default, stream("N", 3, "S", 4), weight(3))
 refuses(aten.prelu.default, stream("N", "S", 6), weight(lambda n, s: s), conservative="a weight by position")
 
 
-
 def pointwise_samples() -> Iterator[Sample]:
     """Every overload that is registered as elementwise, with streams for tensors and constants for numbers."""
     special = {
         aten.to.other, aten.type_as.default, aten.to.device, aten.to.prim_Device, aten.to.prim_other,
-        aten.to.prim_dtype, aten.to.dtype_layout, aten._to_copy.default,
+        aten.to.prim_dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clamp.default, aten.clamp.Tensor,
     }  # fmt: skip
     for op, rule in RULES.items():
         takes_tensor = any(str(a.type) == "Tensor" for a in op._schema.arguments)
@@ -217,6 +238,9 @@ def pointwise_samples() -> Iterator[Sample]:
                 if not a.has_default_value() and not a.kwarg_only
             ]
             yield Sample(Call(op, tuple(args)), True)
+    for op in (aten.clamp.default, aten.clamp.Tensor):
+        bound = -0.5 if op is aten.clamp.default else stream("N", "S", 6)
+        yield Sample(Call(op, (stream("N", "S", 6), bound)), True)
     for options in (dict(dtype=torch.float64), dict()):
         yield Sample(Call(aten._to_copy.default, (stream("N", "S", 6),), options), True)
 
@@ -348,7 +372,13 @@ packs(aten.expand.default, stream(1, 1, "S", 4), lambda n, s: [n, 3, s, 4])
 packs(aten.broadcast_to.default, stream("N", 1, "S", 4), lambda n, s: [n, 3, s, 4])
 packs(aten.expand_as.default, stream("N", 1, "S", 4), stream("N", 3, "S", 4))
 packs(aten.expand_as.default, stream("S", 6), stream("N", "S", 6))
-refuses(aten.expand.default, stream("N", "S", 6), [4, -1, -1], sizes=((1, 5),), conservative="one row becomes four")
+refuses(
+    aten.expand.default,
+    stream("N", "S", 6),
+    [4, -1, -1],
+    sizes=((1, 5),),
+    conservative="one row becomes four",
+)
 refuses(aten.expand_as.default, data(6), stream("N", "S", 6), conservative="no layout to start from")
 for dims, d, verdict in each_dim():
     if verdict is refuses:
@@ -401,10 +431,7 @@ for dims, d, verdict in each_dim():
     if verdict is packs:
         packs(aten.repeat_interleave.self_int, stream(*dims), 2, d)
     else:
-        refuses(
-            aten.repeat_interleave.self_int,
-            stream(*dims),
-            2, d, conservative=MORE)
+        refuses(aten.repeat_interleave.self_int, stream(*dims), 2, d, conservative=MORE)
 refuses(aten.repeat_interleave.self_int, stream("N", "S", 6), 2, conservative="flattens")
 
 # -- indexing.py -------------------------------------------------------------------------------------------------------
@@ -424,7 +451,13 @@ for dims in (("N", "S", 6), ("S", "N", 6), ("N", 3, "S", 4), ("N", 6, "S")):
         packs(aten.narrow.default, stream(*dims), d, 1, 2, late=True)
         packs(aten.select.int, stream(*dims), d, -1, late=True)
         packs(aten.select.int, stream(*dims), d, 1, late=True)
-        packs(aten.index_select.default, stream(*dims), d, data(5, high=lambda n, s: min(n, s, 2), **ints), late=True)
+        packs(
+            aten.index_select.default,
+            stream(*dims),
+            d,
+            data(5, high=lambda n, s: min(n, s, 2), **ints),
+            late=True,
+        )
         packs(aten.select.int, call(aten.slice.Tensor, stream(*dims), d, 1, None), d, -1, late=True)
 packs(aten.slice.Tensor, stream("N*3", "S", 4), 1, 1, None, late=True)
 packs(aten.slice.Tensor, call(aten.slice.Tensor, stream("N", "S", 6), 1, 1, None), 0, 1, None, late=True)
@@ -474,7 +507,9 @@ packs(
     aten.gather.default,
     call(aten.slice.Tensor, stream("N", "S", 6), 1, 1, None),
     -1,
-    late(lambda n, s: n, lambda n, s: s - 1, 1, **ints), late=True)
+    late(lambda n, s: n, lambda n, s: s - 1, 1, **ints),
+    late=True,
+)
 refuses(
     aten.gather.default,
     stream("N*3", "S", 4),
@@ -512,9 +547,8 @@ refuses(aten.index_select.default, stream("N", "S", 6), 2, stream("N*S", **ints)
 # -- reductions.py -----------------------------------------------------------------------------------------------------
 
 for dims, d, verdict in each_dim():
-    for keepdim in (False, True):
-        verdict(aten.sum.dim_IntList, stream(*dims), [d], keepdim)
-        verdict(aten.argmax.default, stream(*dims), d, keepdim)
+    verdict(aten.sum.dim_IntList, stream(*dims), [d], True)
+    verdict(aten.argmax.default, stream(*dims), d)
     verdict(aten.max.dim, stream(*dims), d)
     verdict(aten.linalg_vector_norm.default, stream(*dims), 2, [d], True)
     verdict(aten.var.dim, stream(*dims), [d], False, True)
@@ -536,22 +570,27 @@ for dims in TOKENS + TABLES:
     refuses(aten.sum.dim_IntList, stream(*dims), [], late=True)
     refuses(aten.roll.default, stream(*dims), [1])
 for op in (
-    aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default, aten.any.dims, aten.all.dims,
-    aten.count_nonzero.dim_IntList,
+    aten.mean.dim, aten.amax.default, aten.amin.default, aten.logsumexp.default,
 ):  # fmt: skip
     packs(op, stream("N", "S", 3, 4), [-1, 2])
     refuses(op, stream("N", "S", 3, 4), [1])
 for op in (
-    aten.prod.dim_int, aten.argmin.default, aten.any.dim, aten.all.dim, aten.min.dim, aten.median.dim, aten.cumprod.default,
+    aten.prod.dim_int, aten.argmin.default, aten.min.dim, aten.median.dim, aten.cumprod.default,
     aten.logcumsumexp.default, aten.cummax.default, aten.log_softmax.int, aten.sort.default, aten.argsort.default,
 ):  # fmt: skip
     packs(op, stream("N", 6, "S"), 1)
     refuses(op, stream("N", 6, "S"), 2)
 for op in (
-    aten.mean.default, aten.max.default, aten.any.default, aten.all.default, aten.std.default, aten.var.default,
+    aten.mean.default, aten.max.default, aten.std.default, aten.var.default,
     aten.prod.default, aten.median.default,
 ):  # fmt: skip
     refuses(op, stream("N", "S", 6), late=True)
+for op in (aten.any.dims, aten.all.dims, aten.count_nonzero.dim_IntList):
+    packs(op, stream("N", "S", 3, 4, **bools), [-1, 2])
+    refuses(op, stream("N", "S", 3, 4, **bools), [1], conservative="one value rarely decides")
+for op in (aten.any.dim, aten.all.dim):
+    packs(op, stream("N", 6, "S", **bools), 1)
+    refuses(op, stream("N", 6, "S", **bools), 2, conservative="one value rarely decides")
 refuses(aten.histc.default, stream("N*S"), 4)
 refuses(aten.norm.Scalar, stream("N", "S", 6))
 packs(aten.norm.ScalarOpt_dim, stream("N", "S", 6), 2, [-1], True)

@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,9 @@ def symbolic_sizes(n: int, s: int) -> tuple[FakeTensorMode, Any, Any]:
     return mode, *sizes
 
 
+STATIC = FakeTensorMode()
+
+
 class Graph:
     """The graph of a sample, fake values included, as the compiler has it.
 
@@ -207,14 +211,14 @@ class Graph:
     """
 
     def __init__(self, sample: Sample, n: int, s: int, symbolic: bool = False) -> None:
-        self.mode, self.n, self.s = symbolic_sizes(n, s) if symbolic else (FakeTensorMode(), n, s)
+        self.call = sample.call
+        self.mode, self.n, self.s = symbolic_sizes(n, s) if symbolic else (STATIC, n, s)
         self.sizes = (n, s)
         self.graph = fx.Graph()
         self.specs: dict[Tensor, fx.Node] = {}
         self.numbers: list[int] = []
         self.whole = Selection(self.n, self.s)
         self.layouts: dict[fx.Node, TokenLayout] = {}
-        self.root = fx.Graph()
         self.collect(sample.call)
         self.node = self.add(sample.call)
         value = self.node.meta["val"]
@@ -222,7 +226,26 @@ class Graph:
         if isinstance(value, (tuple, list)):
             self.results = [self.item(i, v) for i, v in enumerate(value)]
         self.graph.output(tuple(self.results))
-        self.gm = fx.GraphModule({}, self.graph)
+
+    @functools.cached_property
+    def gm(self) -> fx.GraphModule:
+        return fx.GraphModule({}, self.graph)
+
+    def run(self, inputs: list[Any]) -> list[torch.Tensor]:
+        """The operation itself on dense values."""
+        values = dict(zip(self.specs, inputs))
+        found = self.evaluate(self.call, values)
+        return list(found) if isinstance(found, (tuple, list)) else [found]
+
+    def evaluate(self, arg: Any, values: dict[Tensor, torch.Tensor]) -> Any:
+        if isinstance(arg, Tensor):
+            return values[arg]
+        if isinstance(arg, list):
+            return [self.evaluate(a, values) for a in arg]
+        if isinstance(arg, Call):
+            args = [self.evaluate(a, values) for a in arg.args]
+            return arg.op(*args, **{k: self.evaluate(v, values) for k, v in arg.kwargs.items()})
+        return arg(*self.sizes) if callable(arg) and not isinstance(arg, torch.dtype) else arg
 
     def collect(self, arg: Any) -> None:
         """Placeholders come first."""
@@ -276,8 +299,6 @@ class Graph:
         return node
 
     def item(self, i: int, value: Any) -> fx.Node:
-        import operator
-
         node = self.graph.call_function(operator.getitem, (self.node, i))
         node.meta["val"] = value
         return node
@@ -308,6 +329,11 @@ def verdict(analysis: Analysis, node: fx.Node) -> str:
     return "packs"
 
 
+class _Lowering(Lowering):
+    def _check_tables(self) -> None:
+        """Tables may leave the stream: their packed values are what is compared."""
+
+
 def run_packed(
     graph: Graph, analysis: Analysis, batch: Batch, inputs: list[Any]
 ) -> tuple[Any, list[Any], list[Any]]:
@@ -318,7 +344,7 @@ def run_packed(
     """
     matches = [match_attention(node, analysis) for node in analysis.mixers]
     assert not any(isinstance(m, Unsupported) for m in matches), matches
-    lowering = Lowering(graph.gm, analysis, matches, Guards(), "reference")
+    lowering = _Lowering(graph.gm, analysis, matches, Guards(), "reference")
     graphs = lowering.run()
     assert not isinstance(graphs, Unsupported), graphs
     results = graphs.prologue(*inputs)
@@ -391,11 +417,11 @@ def owned(dims: Any, at: torch.Tensor, shape: Any) -> torch.Tensor:
 
 def changes(graph: Graph, batch: Batch, inputs: list[Any]) -> dict[tuple[int, int], list[torch.Tensor]]:
     """For each token, which elements of the results differ when it does."""
-    base = graph.gm(*inputs)
+    base = graph.run(inputs)
     found = {}
     rows = range(batch.n) if any(map(varies_by_row, graph.specs)) else range(1)
     for token in itertools.product(rows, range(batch.s)):
-        other = graph.gm(*perturbed(graph, inputs, batch, *token))
+        other = graph.run(perturbed(graph, inputs, batch, *token))
         found[token] = [~((a == b) | ((a != a) & (b != b))) for a, b in zip(base, other)]
     return found
 
@@ -403,10 +429,10 @@ def changes(graph: Graph, batch: Batch, inputs: list[Any]) -> dict[tuple[int, in
 def evidence(sample: Sample) -> str:
     """Why a refusal is right, found by running the operation itself; "" if nothing was found."""
     sizes = (*sample.sizes, GENERIC)[0]
-    graph = Graph(sample, *sizes)
+    graph = graph_of(sample, *sizes)
     batch = make_batch(*sizes, seed=0, drops=False, position_is_key=True)
     inputs = graph.values(batch, False)
-    if any(not torch.equal(a, b) for a, b in zip(graph.gm(*inputs), graph.gm(*inputs))):
+    if any(not torch.equal(a, b) for a, b in zip(graph.run(inputs), graph.run(inputs))):
         return "draws random numbers"
     effect = changes(graph, batch, inputs)
     outs = range(len(graph.results))
@@ -450,11 +476,11 @@ def _differs(graph: Graph, batch: Batch, inputs: list[Any], own: Tensor) -> str:
     packed = [
         pack(v, factors_of(s.dims), batch) if s.kind == "stream" else v for v, s in zip(inputs, graph.specs)
     ]
-    dense = graph.gm(*inputs)[0]
+    dense = graph.run(inputs)[0]
     if dense.shape != inputs[list(graph.specs).index(own)].shape:
         return ""
     try:
-        found = graph.gm(*packed)[0]
+        found = graph.run(packed)[0]
     except (RuntimeError, IndexError):
         return ""
     expected = pack(dense, dims, batch)
@@ -470,6 +496,9 @@ def _differs(graph: Graph, batch: Batch, inputs: list[Any], own: Tensor) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+graph_of = functools.lru_cache(maxsize=8)(Graph)
+
+
 def rule_of(sample: Sample) -> Any:
     return RULES.get(sample.call.op, pointwise_rule)
 
@@ -477,7 +506,7 @@ def rule_of(sample: Sample) -> Any:
 def fits(sample: Sample, n: int, s: int) -> bool:
     """Is the call valid for these sizes? (A slice from 1 to 3 of one position may be empty, or an error.)"""
     try:
-        Graph(sample, n, s)
+        graph_of(sample, n, s)
     except Exception:
         return False
     return True
@@ -489,23 +518,25 @@ for sample in SAMPLES:
 
 
 def is_table(sample: Sample) -> bool:
-    graph = Graph(sample, *GENERIC)
+    graph = graph_of(sample, *GENERIC)
     kinds = [factors_of(p.dims) for p in graph.specs if p.kind in ("stream", "column")]
     return any(not any(ROW in dim for dim in dims) for dims in kinds) or any(s is None for s in kinds)
 
 
 def check_accepted(sample: Sample, n: int, s: int, seed: int, symbolic: bool) -> None:
-    graph = Graph(sample, n, s, symbolic)
+    graph = graph_of(sample, n, s, symbolic)
     analysis = graph.analyse(sample)
     value = analysis.values[graph.node]
     assert verdict(analysis, graph.node) == "packs", value.reason
     layouts = value.layouts
     as_is = value.kind == STREAM and all(layout.selection.is_whole for layout in layouts)
-    is_attention = any(v.outcome is not None and v.outcome.action == "attention" for v in analysis.values.values())
+    is_attention = any(
+        v.outcome is not None and v.outcome.action == "attention" for v in analysis.values.values()
+    )
     batch = make_batch(n, s, seed, drops=seed % 2 == 1 and not is_attention, position_is_key=is_table(sample))
     inputs = graph.values(batch, zero_dropped=not as_is)
     labels = None if as_is else _ignore_dropped(sample, graph, inputs, batch)
-    expected = graph.gm(*(inputs if labels is None else labels))
+    expected = graph.run(inputs if labels is None else labels)
     layouts, packed, unpacked = run_packed(graph, analysis, batch, inputs if labels is None else labels)
     kept = batch.class_of >= 0
     for i, (layout, want) in enumerate(zip(layouts, expected)):
@@ -544,7 +575,7 @@ def check_dependence(graph: Graph, layouts: Any, batch: Batch, inputs: list[Any]
     for (n, s), changed in changes(graph, batch, inputs).items():
         for layout, elements in zip(layouts, changed):
             owner = owned(layout.dims, ids, elements.shape)[elements]
-            
+
             wrong = owner != n * batch.s + s
             if not any(map(varies_by_row, graph.specs)):  # a table, for all rows
                 wrong = owner % batch.s != s
@@ -573,7 +604,7 @@ def check_sample(sample: Sample, index: int = 0) -> None:
         if min(generic) > 1:
             check_accepted(sample, *generic, 1, symbolic=True)
     else:
-        graph = Graph(sample, *generic)
+        graph = graph_of(sample, *generic)
         assert verdict(graph.analyse(sample), graph.node) != "packs", "accepted"
         assert sample.conservative or evidence(sample), "refused without need"
     rotating = (SIZES[1 + index % 3], SIZES[4 + index % 3])
@@ -584,8 +615,160 @@ def check_sample(sample: Sample, index: int = 0) -> None:
 
 def check_either(sample: Sample, n: int, s: int, seed: int) -> None:
     """Where sizes coincide or are 1, a refused call may pack and the reverse: a view to `[S, N]` with N = S."""
-    graph = Graph(sample, n, s)
+    graph = graph_of(sample, n, s)
     accepted = verdict(graph.analyse(sample), graph.node) == "packs"
     if accepted:
         check_accepted(sample, n, s, seed, symbolic=False)
     assert accepted or not sample.packs or min(n, s) == 1, f"refused for N={n}, S={s}"
+
+
+def test_every_rule_has_samples() -> None:
+    """By identity of the function; one that only ever refuses needs no sample that packs."""
+    sampled = {rule_of(sample) for sample in SAMPLES}
+    missing = sorted({rule.__name__ for rule in RULES.values() if rule not in sampled})
+    assert not missing, f"rules without a sample in tests/rule_samples.py: {missing}"
+    never = ("full_reduction_rule", "batch_norm_rule", "recurrent_rule")
+    packing = {rule_of(sample) for sample in SAMPLES if sample.packs}
+    assert not [r.__name__ for r in set(RULES.values()) - packing if r.__name__ not in never]
+
+
+def test_every_family_has_a_proven_refusal() -> None:
+    """A refusal that brute force shows to be right; else a rule could refuse everything unnoticed."""
+    total = {rule_of(sample) for sample in SAMPLES if not sample.packs}
+    proven = {rule_of(sample) for sample in SAMPLES if not sample.packs and not sample.conservative}
+    assert {r.__name__ for r in total - proven} <= {
+        "like_rule", "prelu_rule", "expand_rule", "expand_as_rule", "repeat_rule", "repeat_interleave_rule",
+    }  # fmt: skip
+
+
+def test_every_overload_can_be_called() -> None:
+    """`bound_args` gives a rule all positional arguments of the schema, and the keyword-only ones by name."""
+    wrong = []
+    for overload, rule in RULES.items():
+        arguments = overload._schema.arguments
+        positional = [a.name for a in arguments if not a.kwarg_only]
+        keywords = {a.name: a.name for a in arguments if a.kwarg_only}
+        try:
+            bound = inspect.signature(rule).bind(None, *positional, **keywords)
+        except TypeError as error:
+            wrong.append(f"{overload}: {rule.__name__}: {error}")
+            continue
+        names = {a.name for a in arguments}
+        wrong += [f"{overload}: {k} is {v}" for k, v in bound.arguments.items() if k in names and k != v]
+        assert not overload._schema.is_mutable, f"{overload} writes into an argument"
+    assert not wrong, wrong
+
+
+def test_no_rule_for_indices_of_tokens() -> None:
+    assert aten.where.default not in RULES
+
+
+@pytest.mark.parametrize("dims", [
+    ("N", "S", 6), ("S", "N", 6), ("N", 1, "S", 4), ("N*S", 6), ("S*N", 6), ("N", "S"), ("S", 6), (1, "S", 6), ("N", 6, "S"),
+])  # fmt: skip
+def test_columns_are_packed_like_the_stream(dims: tuple[Any, ...]) -> None:
+    """The runtime's `pack_column` against `pack` above, for columns whose token dims hold tokens only."""
+    for seed, (n, s) in enumerate(SIZES):
+        batch = make_batch(n, s, seed, drops=True, position_is_key=True)
+        value = materialize(Tensor("column", dims), batch, zero_dropped=False)
+        layout = tuple(map(tuple, factors_of(dims)))
+        assert torch.equal(pack_column(value, layout, batch), pack(value, layout, batch))  # type: ignore[arg-type]
+
+
+# -- view_dims --------------------------------------------------------------------------------------------------------
+
+
+def token_ids(dims: Any, n: int, s: int) -> torch.Tensor:
+    """Which token each element of a dense value belongs to, and which plain index: both must survive a view."""
+    rest = [f for dim in dims for f in dim if not isinstance(f, str)]
+    ids = torch.arange(n * s).view(n, s, *[1] * len(rest)).expand(n, s, *rest)
+    return place(ids * 10_000 + torch.arange(math.prod(rest)).view(rest), dims)
+
+
+def group(draw: Any, factors: list[Any]) -> list[list[Any]]:
+    """Cut a list of factors into dims, with dims of size 1 in between."""
+    dims: list[list[Any]] = []
+    for factor in factors:
+        while draw(st.integers(0, 4)) == 0:
+            dims.append([])
+        if dims and dims[-1] and draw(st.booleans()):
+            dims[-1].append(factor)
+        else:
+            dims.append([factor])
+    return dims + [[]] * draw(st.integers(0, 1))
+
+
+def size(dim: Any, n: Any, s: Any) -> Any:
+    return math.prod([{ROW: n, POSITION: s}.get(f, f) for f in dim])
+
+
+@st.composite
+def views(draw: Any) -> tuple[Any, Any, list[Any]]:
+    """A layout, and another grouping of the same factors in which some plain ones are split."""
+    tokens = draw(st.sampled_from([[ROW, POSITION], [POSITION, ROW], [POSITION]]))
+    plain_factors = draw(st.lists(st.sampled_from([2, 3, 4, 6, 12]), max_size=3))
+    factors = draw(st.permutations([*tokens, *plain_factors]))
+    split: list[Any] = []
+    for f in factors:
+        parts = {4: [2, 2], 6: [2, 3], 12: [3, 4]}.get(f)
+        split += parts if parts and draw(st.booleans()) else [f]
+    return group(draw, factors), group(draw, split), factors
+
+
+def layout_of(dims: Any, n: Any, s: Any) -> TokenLayout:
+    return TokenLayout(tuple(map(tuple, dims)), Selection(n, s))
+
+
+BATCHES = st.sampled_from([(5, 7), (4, 4), (6, 12), (3, 2), (1, 5), (5, 1), (1, 1)])
+
+
+@settings(max_examples=400, deadline=None)
+@given(views(), BATCHES)
+def test_view_dims_follows_factors(view: Any, batch: tuple[int, int]) -> None:
+    """A view that only regroups factors is understood, and what it says of each element is true; also backwards."""
+    before, after, _ = view
+    n, s = batch
+    shape = [size(dim, n, s) for dim in after]
+    found = view_dims(layout_of(before, n, s), shape)
+    ids = token_ids(before, n, s)
+    if found is None:
+        assert not {n, s}.isdisjoint({1, 2, 3, 4, 6, 12}), f"{before} → {shape} is not understood"
+        return
+    rest = [f for dim in found for f in dim if not isinstance(f, str)]
+    tokens = [f for dim in found for f in dim if isinstance(f, str)]
+    assert sorted(tokens) == sorted(f for dim in before for f in dim if isinstance(f, str))
+    if ROW in tokens:
+        numbers = torch.arange(n * s).view(n, s, *[1] * len(rest)).expand(n, s, *rest)
+    else:
+        numbers = torch.arange(s).view(s, *[1] * len(rest)).expand(s, *rest)
+        ids = ids if ids.shape == tuple(size(d, n, s) for d in before) else ids
+    assert torch.equal((ids // 10_000).reshape(shape) % (n * s), place(numbers, found))
+    back = view_dims(TokenLayout(found, Selection(n, s)), [size(dim, n, s) for dim in before])
+    if min(n, s) > 1 and n != s and {n, s}.isdisjoint({2, 3, 4, 6, 12}):
+        assert back is not None and [d for d in back] == [tuple(d) for d in before]
+
+
+@settings(max_examples=100, deadline=None)
+@given(views())
+def test_view_dims_is_the_same_for_symbolic_sizes(view: Any) -> None:
+    before, after, _ = view
+    _, n, s = symbolic_sizes(5, 7)
+    found = view_dims(layout_of(before, n, s), [size(dim, n, s) for dim in after])
+    assert found == view_dims(layout_of(before, 5, 7), [size(dim, 5, 7) for dim in after])
+
+
+@settings(max_examples=200, deadline=None)
+@given(views(), st.data())
+def test_view_dims_refuses_to_tear_tokens(view: Any, data: Any) -> None:
+    """With N = 35 = 5·7 and S = 22 = 2·11, any shape that splits one of them has no reading."""
+    before, _, factors = view
+    torn: list[int] = []
+    token = data.draw(st.sampled_from([f for f in factors if isinstance(f, str)]))
+    for f in factors:
+        torn += {ROW: [35], POSITION: [22]}.get(f, [f]) if f != token else {ROW: [5, 7], POSITION: [11, 2]}[f]
+    assert view_dims(layout_of(before, 35, 22), torn) is None
+    _, n, s = symbolic_sizes(5, 7)
+    pieces = [{ROW: n, POSITION: s}.get(f, f) for f in factors]
+    where = next(i for i, f in enumerate(factors) if f == token)
+    swapped = [*pieces[:where], 2, pieces[where], *pieces[where + 1 :]]
+    assert view_dims(layout_of(before, n, s), swapped) is None

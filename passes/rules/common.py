@@ -185,7 +185,9 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
         if not selection.is_whole:
             return refuse("token_mixing", "a column of the batch meets a slice of its tokens", operand=o.node)
         if is_per_row(aligned) and layout.has(POSITION):
-            return refuse("row_layout", "a value per row has no dim that is aligned with positions", operand=o.node)
+            return refuse(
+                "row_layout", "a value per row has no dim that is aligned with positions", operand=o.node
+            )
         columns[o.node] = aligned
     return layout, columns
 
@@ -211,7 +213,9 @@ def _broadcast_dim(streams: Sequence[Operand], operands: Sequence[Operand], d: i
         if any(not is_plain_one(o.tokens.dims[d]) for o in plain_streams):
             return refuse("row_layout", "a plain dim of one value meets rows or positions of another")
         holder = next(o for o in streams if -d <= o.tokens.rank and o.tokens.dims[d] == dim)
-        if same_size(holder.shape[d], 1) and any(-d <= len(o.shape) and not _is_one(o.shape[d]) for o in operands):
+        if same_size(holder.shape[d], 1) and any(
+            -d <= len(o.shape) and not _is_one(o.shape[d]) for o in operands
+        ):
             return refuse("row_layout", "a row or position dim of size 1 is broadcast to another size")
         return dim
     sizes = [o.shape[d] for o in operands if -d <= len(o.shape)]

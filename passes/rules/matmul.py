@@ -8,7 +8,19 @@ import torch
 
 from ..layout import KEY, POSITION, ROW, Dim, TokenLayout, plain
 from ..reasons import Unsupported
-from .common import STREAM, WEIGHT, Op, Operand, Outcome, aligned_dims, broadcast, is_per_row, mixing, refuse, register
+from .common import (
+    STREAM,
+    WEIGHT,
+    Op,
+    Operand,
+    Outcome,
+    aligned_dims,
+    broadcast,
+    is_per_row,
+    mixing,
+    refuse,
+    register,
+)
 
 aten = torch.ops.aten
 
@@ -24,7 +36,9 @@ def linear_rule(op: Op, x: Operand, weight: Operand, bias: Operand | None = None
     return Outcome(x.tokens.with_dims((*x.tokens.dims[:-1], *tail)))
 
 
-def addmm_rule(op: Op, bias: Operand, x: Operand, weight: Operand, *_: Any, **__: Any) -> Outcome | Unsupported:
+def addmm_rule(
+    op: Op, bias: Operand, x: Operand, weight: Operand, *_: Any, **__: Any
+) -> Outcome | Unsupported:
     """`bias + x @ weight`, for baddbmm too; the bias broadcasts against the product."""
     if STREAM not in (x.kind, weight.kind):
         return refuse("unknown_op", f"`{op.name}` adds tokens to a product without tokens")
@@ -128,7 +142,10 @@ def einsum_rule(op: Op, equation: str, tensors: list[Operand], **_: Any) -> Outc
             for label, size in zip(term, tensor.shape, strict=True):
                 labels.setdefault(label, plain(size))
     sized = zip(output, op.shape, strict=True)  # a plain label may have size 1 here and another size there
-    dims = tuple(labels[label] if any(isinstance(f, str) for f in labels[label]) else plain(size) for label, size in sized)
+    dims = tuple(
+        labels[label] if any(isinstance(f, str) for f in labels[label]) else plain(size)
+        for label, size in sized
+    )
     token_labels = {label for label, dim in labels.items() if any(isinstance(f, str) for f in dim)}
     if len({f for label in token_labels for f in labels[label]}) != sum(
         len(labels[lb]) for lb in token_labels

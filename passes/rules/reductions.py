@@ -52,7 +52,7 @@ def _reduced(op: Op, x: Operand, over: Sequence[int], keepdim: bool) -> Outcome 
 
 
 def along_rule(op: Op, x: Operand, dim: int = -1, *_: Any, **__: Any) -> Outcome | Unsupported:
-    """softmax, log_softmax, cumsum, sort, flip, …: along plain dims, of the same shape. Softmax over keys is attention."""
+    """softmax, log_softmax, cumsum, sort, flip, …: along plain dims, same shape. Softmax over keys is attention."""
     rank = x.tokens.rank
     over = normalize_dims(dim, rank)
     token_dims = [d for d in over if x.tokens.is_token_dim(d)]
