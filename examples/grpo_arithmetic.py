@@ -45,11 +45,11 @@ GROUP = 16  # answers sampled for each
 QUESTION = len("47+38=")
 ANSWER = len("15+70=85")  # 8 tokens
 NEWLINE = ord("\n")
-WORKED = 0.3  # how often the pupil shows the working; guesses otherwise
+WORKED = 0.25  # how often the pupil shows the working; guesses otherwise
 
-WARM_UP_STEPS = 300
-WARM_UP_ROWS = 12
-WARM_UP_LR = 3e-3
+WARM_UP_STEPS = 550
+WARM_UP_ROWS = 4
+WARM_UP_LR = 2e-3
 GRPO_LR = 3e-4
 CLIP = 0.2
 COMPILING_STEPS = 2  # the first call compiles forward and backward, the second still allocates: not timed

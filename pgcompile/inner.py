@@ -119,11 +119,18 @@ def _bounds(guard: Any, symbol: Any) -> tuple[float, float] | None:
         return None
     less = guard.gts - guard.lts  # what must be >= 0 (> 0)
     slope, offset = less.coeff(symbol), less.subs(symbol, 0)
-    if sympy.expand(slope * symbol + offset - less) != 0 or not slope.is_Integer or not offset.is_Integer or slope == 0:
+    if (
+        sympy.expand(slope * symbol + offset - less) != 0
+        or not slope.is_Integer
+        or not offset.is_Integer
+        or slope == 0
+    ):
         return None
     limit = sympy.Rational(-offset, slope)
     if isinstance(guard, (sympy.Lt, sympy.Gt)):
-        return (float(sympy.floor(limit)) + 1, math.inf) if slope > 0 else (0.0, float(sympy.ceiling(limit)) - 1)
+        return (
+            (float(sympy.floor(limit)) + 1, math.inf) if slope > 0 else (0.0, float(sympy.ceiling(limit)) - 1)
+        )
     return (float(sympy.ceiling(limit)), math.inf) if slope > 0 else (0.0, float(sympy.floor(limit)))
 
 

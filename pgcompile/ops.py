@@ -228,6 +228,10 @@ def _gather_entries_backward(
     Only M x N entries are held in float32: a dense float32 accumulator would be twice the gradient itself.
     """
     size = num_tokens * vocab
+    if grad_MN.is_cpu and _sum_dtype(grad_MN) == grad_MN.dtype:  # no wider sums needed: no sort either
+        entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN)
+        out = grad_MN.new_zeros(size + 1).index_add_(0, entry.flatten(), grad_MN.flatten())
+        return out[:size].view(num_tokens, vocab)
     entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN).flatten()
     entry, order = entry.sort(stable=True)
     is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0

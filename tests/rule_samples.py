@@ -407,9 +407,11 @@ refuses(
     conservative="no layout",
 )
 refuses(
-    aten.stack.default, [call(aten.slice.Tensor, x := stream("N", "S", 6), 1, 0, 2), call(aten.slice.Tensor, x, 1, 1, 3)], 0,
+    aten.stack.default,
+    [call(aten.slice.Tensor, x := stream("N", "S", 6), 1, 0, 2), call(aten.slice.Tensor, x, 1, 1, 3)],
+    0,
     late=True,
-)  # fmt: skip
+)
 for dims, d, verdict in each_dim([t for t in TOKENS + TABLES if 1 not in t]):
     verdict(aten.split.Tensor, stream(*dims), 2, d)
     verdict(aten.chunk.default, stream(*dims), 2, d)
@@ -472,10 +474,19 @@ refuses(
 refuses(aten.select.int, stream("S", 6), 0, -1, late=True)
 refuses(aten.slice.Tensor, stream("S", 6), 0, 1, None, late=True)
 refuses(aten.select.int, call(aten.select.int, stream("N", "S", 6), 1, -1), 0, 0, late=True)
+x = stream("N", "S", 6)
 refuses(  # two cuts that begin alike
-    aten.add.Tensor, call(aten.narrow.default, x := stream("N", "S", 6), 1, 0, 1), call(aten.narrow.default, x, 1, 0, 3),
+    aten.matmul.default,
+    call(aten.narrow.default, x, 1, 0, 2),
+    call(aten.mT.default, call(aten.narrow.default, x, 1, 0, 3)),
     late=True,
-)  # fmt: skip
+)
+refuses(  # two cuts that begin alike
+    aten.add.Tensor,
+    call(aten.narrow.default, x := stream("N", "S", 6), 1, 0, 1),
+    call(aten.narrow.default, x, 1, 0, 3),
+    late=True,
+)
 packs(
     aten.add.Tensor,
     call(aten.narrow.default, x := stream("N", "S", 6), 1, 0, 3),

@@ -1,6 +1,6 @@
 """The documentation does what it says: its examples run, its messages are the printed ones, its names exist.
 
-    python tests/test_docs.py     writes the messages into docs/fallbacks.md as they are printed now
+python tests/test_docs.py writes the messages into docs/fallbacks.md as they are printed now
 """
 
 import contextlib
@@ -23,14 +23,17 @@ from pgcompile.passes import KINDS, PASSES
 from pgcompile.report import AttentionReport, BatchReport, GraphReport
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 FALLBACKS = ROOT / "docs" / "fallbacks.md"
 API = ROOT / "docs" / "api.md"
 BLOCK = re.compile(r"^```(\w+)[ ]?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTIONS = {f.name for f in dataclasses.fields(pgcompile.Options)}
 
 # Kinds whose example gives another kind than it should.
-WRONG = {"hook": "tensor hooks are reported as trace_failed: find_opaque asks for higher-order operations first"}
+WRONG = {
+    "hook": "tensor hooks are reported as trace_failed: find_opaque asks for higher-order operations first"
+}
 
 _number = itertools.count()
 
@@ -65,7 +68,11 @@ def message(printed: str, kind: str) -> str:
     lines = [line.rstrip() for line in printed.splitlines()]
     start = next(i for i, line in enumerate(lines) if line.startswith(f"  {kind}: "))
     end = start + 1
-    while end < len(lines) and re.match(r"    (at|hint)|[^\s\u2500-\u257f]", lines[end]) and lines[end] != "batches":
+    while (
+        end < len(lines)
+        and re.match(r"    (at|hint)|[^\s\u2500-\u257f]", lines[end])
+        and lines[end] != "batches"
+    ):
         end += 1
     return "\n".join(line.removeprefix("  ") for line in lines[start:end])
 
@@ -105,7 +112,9 @@ def write_messages() -> None:
         except StopIteration:
             print(f"{kind}: the example gives another kind")
             continue
-        pattern = re.compile(rf"(^```python {kind}\n.*?^```\n)(\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL)
+        pattern = re.compile(
+            rf"(^```python {kind}\n.*?^```\n)(\n```text\n.*?^```\n)?", re.MULTILINE | re.DOTALL
+        )
         page = pattern.sub(lambda found, text=text: f"{found[1]}\n```text\n{text}\n```\n", page, count=1)
     FALLBACKS.write_text(page)
 
@@ -113,18 +122,19 @@ def write_messages() -> None:
 # -- all pages -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p != FALLBACKS], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [README, API], ids=lambda p: p.name)
 def test_python_blocks_run(page):
-    """One program per page, in order. Blocks labelled `sketch` are excerpts: they only have to parse."""
-    program = []
-    for label, text in blocks(page, "python"):
+    """One program per page, in order, prints what the page's `text` blocks say. Blocks labelled `sketch` only parse."""
+    for _, text in blocks(page, "python"):
         compile(text, page.name, "exec")
-        if label != "sketch":
-            program.append(text)
-    if program and "transformers" in "".join(program):
+    program = "\n\n".join(text for label, text in blocks(page, "python") if label != "sketch")
+    if "transformers" in program:
         pytest.importorskip("transformers")
-    if program:
-        run_example("\n\n".join(program), page.name)
+    # inductor takes a minute
+    program = program.replace("@pgcompile.optimize\n", '@pgcompile.optimize(inner="aot_eager")\n')
+    printed = "\n".join(line.rstrip() for line in run_example(program, page.name).splitlines())
+    for _, text in blocks(page, "text"):
+        assert text in printed + "\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -162,7 +172,14 @@ def test_api_has_every_public_name_field_and_default():
     for name in pgcompile.__all__:
         assert re.search(rf"\b{name}\b", titles), name
     text = API.read_text()
-    for cls in (pgcompile.Options, pgcompile.Stats, pgcompile.Explanation, GraphReport, AttentionReport, BatchReport):
+    for cls in (
+        pgcompile.Options,
+        pgcompile.Stats,
+        pgcompile.Explanation,
+        GraphReport,
+        AttentionReport,
+        BatchReport,
+    ):
         for field in dataclasses.fields(cls):
             assert f"`{field.name}`" in text, f"{cls.__name__}.{field.name}"
     for field in dataclasses.fields(pgcompile.Options):

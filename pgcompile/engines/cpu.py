@@ -113,14 +113,18 @@ def masks_bite(
 def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
     """`[T, heads, size]` each; the kernel wants equal head sizes, so the smaller ones are padded with zeros."""
     size = max(x.shape[-1] for x in tensors_1HTD)
-    return [torch.nn.functional.pad(x[0].transpose(0, 1), (0, size - x.shape[-1])) for x in tensors_1HTD]
+    short = {x.shape[-1] for x in tensors_1HTD} - {size}  # pad copies, even by nothing
+    pad = torch.nn.functional.pad
+    return [
+        pad(x[0].transpose(0, 1), (0, size - x.shape[-1])) if x.shape[-1] in short else x[0].transpose(0, 1)
+        for x in tensors_1HTD
+    ]
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys → over both: `[..., E]` outputs, `[...]` log-sum-exps."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (lse_a - lse).exp_()[..., None], (lse_b - lse).exp_()[..., None]
-    return out_a * weight_a + out_b * weight_b, lse
+    weight_b = torch.sigmoid(lse_b - lse_a)
+    return torch.lerp(out_a, out_b, weight_b[..., None]), torch.logaddexp(lse_a, lse_b)
 
 
 @dataclass(frozen=True)
