@@ -189,8 +189,8 @@ def read_additive(
     data = MaskFormula(data=node, data_additive=True, minus_inf=False)
     biases = [v for v in values if not isinstance(v, Const)]
     if biases:
-        # numbers read from a tensor can only be checked as data; numbers made from positions are a bias (ALiBi)
-        is_data = all(any(elements(v)) for v in biases)
+        # numbers read per key or pair can only be checked as data; numbers per query or position are a bias (ALiBi)
+        is_data = all(any(elements(v)) and (_reads_pairs(v) or not _reads_queries(v)) for v in biases)
         return (
             data
             if is_data
@@ -250,6 +250,11 @@ def _as_data(data: MaskFormula) -> MaskFormula | Unsupported:
     """Only masks that broadcast to `[N, H, Q, K]` can be checked at each call."""
     rank = data.data.meta["val"].dim() if data.data is not None else 0
     return data if rank <= 4 else _unclear(data.data, f"a mask of rank {rank} that is data")
+
+
+def _reads_queries(expr: Expr) -> bool:
+    """Does it read a tensor at the query's position?"""
+    return any(Q in set().union(*(i.dims for i in e.indices)) for e in elements(expr))
 
 
 def _reads_pairs(expr: Expr) -> bool:

@@ -188,6 +188,8 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
             return refuse(
                 "row_layout", "a value per row has no dim that is aligned with positions", operand=o.node
             )
+        if any(is_token_factor(dim[0]) != is_token_factor(f) for dim in aligned for f in dim[1:]):
+            return refuse("row_layout", "a column is aligned with a dim that merges tokens and others", operand=o.node)
         columns[o.node] = aligned
     return layout, columns
 
