@@ -40,17 +40,17 @@ matplotlib.use("Agg")  # draws on a machine without a screen
 import matplotlib.pyplot as plt
 
 SHOTS = 17  # additions before the question: 17 × 15 + 6 = 261 prompt tokens
-PROMPTS = 8  # prompts in an update
+PROMPTS = 16  # prompts in an update
 GROUP = 16  # answers sampled for each
 QUESTION = len("47+38=")
 ANSWER = len("15+70=85")  # 8 tokens
 NEWLINE = ord("\n")
 WORKED = 0.25  # how often the pupil shows the working; guesses otherwise
 
-WARM_UP_STEPS = 550
+WARM_UP_STEPS = 600
 WARM_UP_ROWS = 4
 WARM_UP_LR = 2e-3
-GRPO_LR = 3e-4
+GRPO_LR = 2e-4
 CLIP = 0.2
 COMPILING_STEPS = 2  # the first call compiles forward and backward, the second still allocates: not timed
 
@@ -218,7 +218,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
 def grpo_loss(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor, advantages: Tensor
 ) -> Tensor:
-    """The clipped objective, averaged over answer tokens. The answers are fresh: the old log-probs are these, detached."""
+    """PPO's clipped objective, averaged over answer tokens; the answers are fresh: old log-probs are these, detached."""
     logprobs = token_logprobs(model, input_ids, attention_mask)
     ratio = (logprobs - logprobs.detach()).exp()
     weight = advantages[:, None]
@@ -404,10 +404,10 @@ def describe_agreement(dense: list[Step], packed: list[Step]) -> str:
     if until < len(pairs):
         equal = (dense[-1].answers == packed[-1].answers).float().mean().item()
         text += (
-            " Packing changes the shapes of the sums, and with them their float32 rounding. Training amplifies that until"
-            f" a random number falls between the two models' distributions and one sampled token differs (step"
-            f" {until + 1}); from there on the runs read different answers. In the last step {equal:.0%} of the sampled"
-            " tokens were still equal."
+            " Packing changes the order of some sums, and so their float32 rounding. Training amplifies that until a"
+            f" random number falls between the two models' distributions: in step {until + 1} a first sampled token"
+            " differs, and from there on the runs learn from different answers. In the last step"
+            f" {equal:.0%} of the sampled tokens were still equal."
         )
     return text
 

@@ -33,7 +33,7 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
             continue
         name = getattr(node.target, "__name__", str(node.target))
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            kind = "autograd_function" if "autograd_function" in name else "trace_failed"
+            kind = next((k for k in ("autograd_function", "hook") if k in name), "trace_failed")
             found.append(_opaque(kind, node, f"higher-order operation `{name}` can't be looked into"))
         elif "autograd_function" in name or "trampoline_autograd" in name:
             found.append(

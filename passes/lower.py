@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from .attention_match import AttentionMatch
-from .graph import aten, bound_args, is_mode_switch, mutated_args, node_arg
+from .graph import aten, bound_args, is_mode_switch, mutated_args, node_arg, val
 from .layout import KEY, POSITION, ROW, Dim, Selection, is_token_factor
 from .mask_formula import Column, emit_column
 from .padding import Factor, Guards
@@ -283,16 +283,17 @@ class Lowering:
         if match.k_transposed:
             k = self.packed.call_function(aten.transpose.int, (k, -2, -1))
         columns = [
-            [self._packed_column(self.columns[c], ((ROW,), (POSITION,))) for c in group]
+            [self._flat(self._packed_column(self.columns[c], ((ROW,), (POSITION,)))) for c in group]
             for group in (match.formula.key_valid, match.formula.same_value)
         ]
         if match.formula.data is not None:
             columns[0] = [self._input(Input("data_mask", self.data_masks[match.formula.data]), "key_valid")]
+        dtype = val(node).dtype  # autocast converts the arguments of attention, but not of our operator
         call = self.packed.call_function(
             torch.ops.pgcompile.prefix_attention.default,
             (
-                self._heads(match.q, self._in_packed(match.q)), self._heads(match.k, k),
-                self._heads(match.v, self._in_packed(match.v)),
+                self._heads(match.q, self._in_packed(match.q), dtype), self._heads(match.k, k, dtype),
+                self._heads(match.v, self._in_packed(match.v), dtype),
                 self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
                 self._input(Input("segments"), "segments"), *columns, match.scale, match.formula.window, self.engine,
             ),
@@ -302,8 +303,14 @@ class Lowering:
         out.meta["layouts"] = None
         return self.packed.call_function(aten.reshape.default, (out, outcome.layout.packed_shape()))
 
-    def _heads(self, original: fx.Node, packed: fx.Node) -> fx.Node:
-        """[1, ..heads.., T, D] → [1, H, T, D]."""
+    def _flat(self, column: fx.Node) -> fx.Node:
+        """[1, T] → [T]."""
+        return self.packed.call_function(aten.reshape.default, (column, [-1]))
+
+    def _heads(self, original: fx.Node, packed: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """[1, ..heads.., T, D] → [1, H, T, D] of `dtype`."""
+        if val(original).dtype != dtype:
+            packed = self.packed.call_function(aten.to.dtype, (packed, dtype))
         dims = self.analysis.values[original].layout.dims
         heads = math.prod(f for dim in dims[:-2] for f in dim if not is_token_factor(f))
         is_key = original in {m.k for m in self.matches.values() if m.k_transposed}

@@ -14,11 +14,11 @@ from typing import Any
 from torch import fx
 
 from .graph import aten, bound_args, is_tensor, shape, val
-from .layout import Dim, Selection, TokenLayout
+from .layout import Dim, Selection, TokenLayout, plain
 from .propagate import Analysis
 from .reasons import Unsupported
-from .rules import LATE, PROLOGUE, RULES, STREAM, Op, Operand, Outcome, pointwise_rule
-from .rules.common import aligned_dims
+from .rules import LATE, RULES, STREAM, Op, Operand, Outcome, pointwise_rule
+from .rules.common import DENSE, aligned_dims
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +57,14 @@ def padding_guards(analysis: Analysis) -> Guards:
     """Follow padding through the late part (see the module's docstring)."""
     guards = Guards()
     taints: dict[fx.Node, _Taint] = {}
+    selections: dict[Any, Selection] = {}
     for node, value in analysis.values.items():
         if value.kind != LATE or guards.refusal is not None:
             continue
         sources = {n: _taint_of(n, analysis, taints) for n in node.all_input_nodes}
         if not any(sources.values()):
             continue
-        found = _follow(node, sources, value.outcome)
+        found = _follow(node, sources, value.outcome, selections)
         if isinstance(found, _Taint):
             taints[node] = found
             continue
@@ -86,12 +87,15 @@ def _taint_of(node: fx.Node, analysis: Analysis, taints: dict[fx.Node, _Taint]) 
 
 
 def _follow(
-    node: fx.Node, sources: dict[fx.Node, _Taint | None], outcome: Outcome | None
+    node: fx.Node,
+    sources: dict[fx.Node, _Taint | None],
+    outcome: Outcome | None,
+    selections: dict[Any, Selection],
 ) -> _Taint | list[tuple[Factor, ...]] | None:
     """The taint of the result; or, of an operation that mixes tokens, its groups (None: those of its sources)."""
     if outcome is not None and outcome.action != "emit":
         return _after_labels(node, outcome)
-    layout = _layout_after(node, sources)
+    layout = _layout_after(node, sources, selections)
     if layout is None:
         return None
     groups = tuple(dict.fromkeys(g for t in sources.values() if t is not None for g in t.groups))
@@ -104,14 +108,16 @@ def _after_labels(node: fx.Node, outcome: Outcome) -> _Taint | list[tuple[Factor
     layout = outcome.layout
     assert isinstance(layout, TokenLayout)
     if outcome.action == "gather_entries":
-        return _Taint(layout, ((),))
+        return _Taint(layout.with_dims((*layout.dims[:-1], plain(shape(node)[-1]))), ((),))
     _, target, _, reduction, ignore_index, *_ = bound_args(node)[0]
     tokens = layout.with_dims(layout.dims[:1])
     group = (Factor(target, aligned_dims(shape(target), tokens), layout.selection, ignore_index),)
     return _Taint(tokens, (group,)) if reduction == 0 else [group]
 
 
-def _layout_after(node: fx.Node, sources: dict[fx.Node, _Taint | None]) -> TokenLayout | None:
+def _layout_after(
+    node: fx.Node, sources: dict[fx.Node, _Taint | None], selections: dict[Any, Selection]
+) -> TokenLayout | None:
     import torch
 
     rule = RULES.get(node.target)
@@ -132,13 +138,13 @@ def _layout_after(node: fx.Node, sources: dict[fx.Node, _Taint | None]) -> Token
         if not is_tensor(arg):
             return val(arg)
         taint = sources.get(arg)
-        kind = PROLOGUE if taint is None else STREAM
+        kind = DENSE if taint is None else STREAM
         return Operand(arg, kind, shape(arg), None if taint is None else taint.layout)
 
     args, kwargs = bound_args(node)
     result = val(node)
     found = rule(
-        Op(node, result, "shared", before_mixer=True),
+        Op(node, result, "shared", False, selections),
         *operand(args),
         **{k: operand(v) for k, v in kwargs.items()},
     )
@@ -147,7 +153,7 @@ def _layout_after(node: fx.Node, sources: dict[fx.Node, _Taint | None]) -> Token
     return found.layout
 
 
-_KEEPS_TOKENS = ("emit", "reshape", "expand", "alias")
+_KEEPS_TOKENS = ("emit", "reshape", "expand", "alias", "drop_dim")
 
 
 def _factor(node: fx.Node, sources: dict[fx.Node, _Taint | None], layout: TokenLayout) -> Factor | None:

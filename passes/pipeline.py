@@ -16,6 +16,9 @@ from .padding import Guards
 from .propagate import Analysis
 from .reasons import FallbackReason, Unsupported
 
+# Until `padding_pass` has shown what guards it, padding is kept.
+_UNGUARDED = Unsupported("padding_read", None, "padding_pass is disabled, so padding is kept")
+
 
 @dataclass
 class Compilation:
@@ -37,7 +40,7 @@ class Compilation:
     aten: fx.GraphModule | None = None
     analysis: Analysis | None = None
     matches: list[AttentionMatch] = field(default_factory=list)
-    guards: Guards = field(default_factory=Guards)
+    guards: Guards = field(default_factory=lambda: Guards(refusal=_UNGUARDED))
     graphs: PackedGraphs | None = None
     reasons: list[FallbackReason] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -220,6 +220,14 @@ def _nodes_from_inputs_alone(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def _descendants(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:
+    found = set(roots)
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 class _Walk:
     """One forward walk over the graph."""
 
@@ -231,7 +239,7 @@ class _Walk:
         self.seeds, self.dropout, self.survey = seeds, dropout, survey
         self.before_mixer, self.tables = before_mixer, tables
         self.selections: dict[Any, Selection] = {}
-        self.inputs_only = _nodes_from_inputs_alone(graph)
+        self.inputs_only = _nodes_from_inputs_alone(graph) - _descendants(graph, set(seeds.layouts))
 
     def run(self) -> Analysis:
         for node in self.out.graph.nodes:

@@ -61,7 +61,7 @@ def fake_inputs(
         elif spec.kind == "segments":
             made.append(torch.empty((segments, 5), dtype=torch.int64, device="cpu"))
         elif spec.kind == "data_mask":
-            made.append(torch.empty((1, tokens), dtype=torch.bool, device=_device(graphs)))
+            made.append(torch.empty((tokens,), dtype=torch.bool, device=_device(graphs)))
         else:
             made.append(torch.empty((tokens,), dtype=torch.int64, device=_device(graphs)))
     return made

@@ -52,7 +52,10 @@ def pgcompile(
         ValueError: for unknown options.
         FallbackError: with `strict=True`, if the graph can't be packed.
     """
-    chosen = Options.of(options, mode)
+    try:
+        chosen = Options.of(options, mode)
+    except ValueError as error:
+        return functools.partial(_raise, error, None)
     with compile_lock:
         compilation = run_passes(
             PASSES,
@@ -65,12 +68,18 @@ def pgcompile(
         collector(report)
     if compilation.reasons:
         if chosen.strict:
-            raise FallbackError(compilation.reasons) from next(iter(compilation.errors), None)
+            cause = next(iter(compilation.errors), None)
+            return functools.partial(_raise, FallbackError(compilation.reasons), cause)
         log.warning("not packed, runs as it was: %s", "; ".join(map(str, compilation.reasons)))
         run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
         return functools.partial(_run_eager, run)
     log.debug("packed: %d attention nodes, passes %s", len(compilation.matches), compilation.seconds)
     return PackedCall(compilation, chosen, collector)
+
+
+def _raise(error: Exception, cause: BaseException | None, *args: Any) -> Any:
+    """Raised by the call, not by compiling: Dynamo wraps what a backend raises in an exception of its own."""
+    raise error from cause
 
 
 def _run_eager(run: Callable[..., Any], *args: Any) -> Any:
@@ -182,7 +191,7 @@ class PackedCall:
         if spec.kind == "column":
             return pack_column(results[spec.index], spec.dims, plan)
         if spec.kind == "data_mask":
-            return plan.data_valid[spec.index][plan.row, plan.position][None]
+            return plan.data_valid[spec.index][plan.row, plan.position]
         return {
             "subtree_end": plan.subtree_end, "depth": plan.depth, "segments": plan.segments, "positions": plan.position,
         }[spec.kind]  # fmt: skip
@@ -202,20 +211,16 @@ class PackedCall:
         reason = FallbackReason.of(Unsupported(kind, None, text))
         report.decision, report.why = "dense", str(reason)
         self._collect(report)
-        if error is not None:
-            if self.options.strict:
-                raise FallbackError([reason]) from error
-            if kind not in self.warned:
-                self.warned.add(kind)
-                log.warning("this call runs as it was: %s", reason, exc_info=error)
-        elif kind not in ("not_worth_it", "empty_batch"):
-            if self.options.strict:
-                raise FallbackError([reason])
-            if kind not in self.warned:
-                self.warned.add(kind)
-                log.warning("this call runs as it was: %s", reason)
+        outputs = self.dense(*args)  # first: if the call itself is wrong, it should say so in its own words
         stats.count(dense=1)
-        return self.dense(*args)
+        if kind in ("not_worth_it", "empty_batch"):
+            return outputs
+        if self.options.strict:
+            raise FallbackError([reason]) from error
+        if kind not in self.warned:
+            self.warned.add(kind)
+            log.warning("this call runs as it was: %s", reason, exc_info=error)
+        return outputs
 
     def _collect(self, report: BatchReport) -> None:
         if self.collector is not None:

@@ -3,18 +3,24 @@
 The packed graph is handed to the inner compiler directly, with T dynamic in a fresh ShapeEnv; no guard on T may be
 left. Two graphs with the same operations, constants and input types (a static and a dynamic trace of one model, say)
 share artifacts: parameters are inputs.
+
+Compiling happens under Dynamo's own lock: tracing patches `nn.Module` for all threads, and another one may be
+building guards.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import fx
+from torch._dynamo.convert_frame import (
+    compile_lock,
+)  # Dynamo's own: tracing patches nn.Module for all threads
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -22,8 +28,7 @@ from . import stats
 from .options import Options
 from .passes.lower import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
-
-compile_lock = threading.RLock()
+from .report import log
 
 
 class Artifact:
@@ -53,6 +58,11 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     """Give a graph to the inner compiler that `options` names."""
     if options.inner == "eager":
         return gm
+    with torch._functorch.config.patch(donated_buffer=options.check == 0):  # `check` runs backward twice
+        return _compile_inner(gm, inputs, options)
+
+
+def _compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
@@ -68,7 +78,14 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
 
 def family_of(graphs: PackedGraphs, aten_gm: fx.GraphModule, options: Options) -> Family:
     """The artifacts for a packed graph, shared with equal graphs."""
-    key = (structure(graphs.packed), _types(graphs, aten_gm), options.inner, options.inner_mode, modes())
+    key = (
+        structure(graphs.packed),
+        _types(graphs, aten_gm),
+        options.inner,
+        options.inner_mode,
+        options.check == 0,
+        modes(),
+    )
     with compile_lock:
         return _families.setdefault(key, Family())
 
@@ -222,8 +239,13 @@ class DenseGraph:
                 return call(*args)
         if len(self.compiled) >= self.MOST:
             return self.gm(*args)
-        with compile_lock:
-            call = self._compile(args, current)
+        try:
+            with compile_lock:
+                call = self._compile(args, current)
+        except Exception as error:
+            log.warning("the inner compiler failed on the original graph, which runs eagerly: %s", error)
+            self.compiled.append((ShapeEnv(), None, current, self.gm))
+            call = self.gm
         return call(*args)
 
     def _compile(self, args: Sequence[Any], current: Any) -> Callable[..., Any]:

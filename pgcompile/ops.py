@@ -230,8 +230,7 @@ def _gather_entries_backward(
     size = num_tokens * vocab
     if grad_MN.is_cpu and _sum_dtype(grad_MN) == grad_MN.dtype:  # no wider sums needed: no sort either
         entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN)
-        out = grad_MN.new_zeros(size + 1).index_add_(0, entry.flatten(), grad_MN.flatten())
-        return out[:size].view(num_tokens, vocab)
+        return _segment_sum(grad_MN.reshape(-1, 1), entry.flatten(), size + 1)[:size].view(num_tokens, vocab)
     entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN).flatten()
     entry, order = entry.sort(stable=True)
     is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .backend import pgcompile
 from .options import Options
@@ -84,9 +86,45 @@ def explain(
     target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
     compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with _restored(fn, args, kwargs), torch.random.fork_rng(devices=devices):
         compiled(*args, **kwargs)
     return explanation
+
+
+@contextmanager
+def _restored(*places: Any) -> Iterator[None]:
+    """Put buffers and gradients of the modules found in `places` back as they were."""
+    modules = [m for place in tree_leaves(places) for m in _modules_in(place)]
+    buffers = [(b, b.detach().clone()) for m in modules for b in m.buffers()]
+    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for m in modules for p in m.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for parameter, grad, kept in grads:
+                if grad is not None and kept is not None:
+                    grad.copy_(kept)
+                parameter.grad = grad
+
+
+def _modules_in(place: Any) -> list[torch.nn.Module]:
+    """A module, the module of a method, or those that a function closes over or names."""
+    if isinstance(place, torch.nn.Module):
+        return [place]
+    cells = [cell.cell_contents for cell in getattr(place, "__closure__", None) or () if _is_filled(cell)]
+    code, scope = getattr(place, "__code__", None), getattr(place, "__globals__", {})
+    named = [scope[name] for name in code.co_names if name in scope] if code is not None else []
+    found = (getattr(place, "__self__", None), *cells, *named)
+    return [m for m in found if isinstance(m, torch.nn.Module)]
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # not assigned yet
+        return False
 
 
 def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,10 +66,10 @@ class Options:
             raise ValueError(f"min_saving must be None or a number from 0 to 1, not {saving!r}")
         if isinstance(self.check, bool) or not isinstance(self.check, int) or self.check < 0:
             raise ValueError(f"check must be a number of batches, 0 or more, not {self.check!r}")
-        if isinstance(self.disable_passes, str):
-            raise ValueError(
-                f"disable_passes must be a list of names, not the string {self.disable_passes!r}"
-            )
+        if isinstance(self.disable_passes, str) or not isinstance(self.disable_passes, Iterable):
+            raise ValueError(f"disable_passes must be a list of names, not {self.disable_passes!r}")
+        if self.dump_dir is not None and not isinstance(self.dump_dir, (str, os.PathLike)):
+            raise ValueError(f"dump_dir must be a path or None, not {self.dump_dir!r}")
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
         from .passes import PASSES
 

@@ -29,7 +29,7 @@ from ..layout import (
 )
 from ..reasons import Unsupported
 
-PROLOGUE, WEIGHT, STREAM, LATE = "prologue", "weight", "stream", "late"
+PROLOGUE, WEIGHT, STREAM, LATE, DENSE = "prologue", "weight", "stream", "late", "dense"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Operand:
 
     Args:
         node: where it comes from.
-        kind: PROLOGUE (computed from inputs alone), WEIGHT (from parameters), STREAM (has `layout`), LATE (unpacked).
+        kind: PROLOGUE (computed from inputs alone), WEIGHT (from parameters), STREAM (has `layout`), LATE (unpacked);
+            DENSE where nothing is packed and only layouts are followed (`padding.py`).
         shape: sizes on the dense batch.
     """
 
@@ -178,7 +179,7 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
     if layout.has(KEY):
         return layout, columns
     for o in operands:
-        if o.kind == STREAM or not (aligned := aligned_dims(o.shape, layout)):
+        if o.kind in (STREAM, DENSE) or not (aligned := aligned_dims(o.shape, layout)):
             continue
         if o.kind == WEIGHT:
             return refuse("row_layout", "a parameter is aligned with positions", operand=o.node)
@@ -189,7 +190,9 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
                 "row_layout", "a value per row has no dim that is aligned with positions", operand=o.node
             )
         if any(is_token_factor(dim[0]) != is_token_factor(f) for dim in aligned for f in dim[1:]):
-            return refuse("row_layout", "a column is aligned with a dim that merges tokens and others", operand=o.node)
+            return refuse(
+                "row_layout", "a column is aligned with a dim that merges tokens and others", operand=o.node
+            )
         columns[o.node] = aligned
     return layout, columns
 
@@ -258,6 +261,7 @@ def normalize_dims(dims: Any, rank: int) -> list[int]:
 
 
 __all__ = [
+    "DENSE",
     "LATE",
     "PROLOGUE",
     "RULES",

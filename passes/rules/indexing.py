@@ -9,7 +9,19 @@ import torch
 
 from ..layout import POSITION, ROW, Dim, is_token_factor, plain
 from ..reasons import Unsupported
-from .common import PROLOGUE, STREAM, Op, Operand, Outcome, aligned_dims, mixing, refuse, register, same_size
+from .common import (
+    DENSE,
+    PROLOGUE,
+    STREAM,
+    Op,
+    Operand,
+    Outcome,
+    aligned_dims,
+    mixing,
+    refuse,
+    register,
+    same_size,
+)
 
 aten = torch.ops.aten
 
@@ -92,7 +104,7 @@ def index_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome
     given = {i: index for i, index in enumerate(indices) if index is not None}
     if not isinstance(x, Operand) or x.kind != STREAM:
         return refuse("unknown_op", "a table is indexed by values computed from tokens")
-    if any(o.kind != PROLOGUE or o.node.meta["val"].dtype == torch.bool for o in given.values()):
+    if any(o.kind not in (PROLOGUE, DENSE) or o.node.meta["val"].dtype == torch.bool for o in given.values()):
         return refuse("token_mixing", "an index computed from tokens, or a boolean mask, picks tokens")
     if list(given) == [1] and x.tokens.dims[1] == (POSITION,) and len(given[1].shape) == 1:
         return _cut(op, x, 1, (1, given[1].node))
