@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .plan import Plan
 from .report import log
 
-# Packed and dense sums run in another order; a real mistake is orders of magnitude larger.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Packed and dense sums run in another order, and float64 models often cast to float32 inside; a real mistake is
+# orders of magnitude larger.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class CheckError(RuntimeError):
@@ -45,7 +47,10 @@ def compare(gm: fx.GraphModule, args: Sequence[Any], outputs: Any, plan: Plan) -
             sum((v * w).sum() for v, w in zip(side, weights, strict=True) if v.requires_grad)
             for side in zip(*pairs, strict=True)
         ]
-        grads = [torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) for loss in losses]
+        with torch._functorch.config.patch(donated_buffer=False):  # the caller runs the same backward again
+            grads = [
+                torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True) for loss in losses
+            ]
         for i, (f, e) in enumerate(zip(*grads, strict=True)):
             if f is not None and e is not None:
                 _compare(f"gradient of argument {i} {list(e.shape)}", f, e)

@@ -30,11 +30,6 @@ API = ROOT / "docs" / "api.md"
 BLOCK = re.compile(r"^```(\w+)[ ]?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTIONS = {f.name for f in dataclasses.fields(pgcompile.Options)}
 
-# Kinds whose example gives another kind than it should.
-WRONG = {
-    "hook": "tensor hooks are reported as trace_failed: find_opaque asks for higher-order operations first"
-}
-
 _number = itertools.count()
 
 
@@ -97,8 +92,6 @@ def test_an_example_for_each_kind_in_its_section():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_example_prints_what_the_page_says(kind, request):
-    if kind in WRONG:
-        request.applymarker(pytest.mark.xfail(reason=WRONG[kind], strict=True, raises=StopIteration))
     found = message(run_fallback(kind), kind)
     assert f"```text\n{found}\n```" in sections(FALLBACKS)[kind]
 
