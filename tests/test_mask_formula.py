@@ -1037,9 +1037,9 @@ def test_positions_elsewhere_are_values(name, mode):
 
 
 def test_segments_of_floats_are_values():
-    build = lambda x: (
-        within(segments_of(x.float())) & (x.float()[:, None, None] <= x.float()[:, None, :, None])
-    )  # noqa: E731
+    def build(x):
+        return within(segments_of(x.float())) & (x.float()[:, None, None] <= x.float()[:, None, :, None])
+
     assert_refused(read(build, inputs=packed_positions()), UNCLEAR)
 
 
