@@ -12,78 +12,22 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from .attention_match import AttentionMatch
-from .graph import aten, bound_args, is_mode_switch, mutated_args, node_arg, val
+from .graph import aten, bound_args, is_mode_switch, node_arg, val
 from .layout import KEY, POSITION, ROW, Dim, Selection, is_token_factor
 from .mask_formula import Column, emit_column
-from .padding import Factor, Guards
+from .packed_graphs import Input, PackedGraphs, ResultRef
+from .padding import Guards
 from .propagate import NUMBER, Analysis, Value
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, STREAM, WEIGHT
+from .subgraph import drop_dead, live_nodes, module_of, order_placeholders, prologue_module, used_inputs
 from .unpack import gather_entries, label_loss, unpack_tokens
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of the packed graph and how the runtime makes it.
-
-    Args:
-        kind: "argument" (the graph's own argument `index`), "value" (prologue result `index`, the same for all
-            tokens), "column" (prologue result `index`, packed by `dims`), or a tensor of the plan ("subtree_end",
-            "depth", "segments", "positions").
-        index: which argument or prologue result.
-        dims: for columns, what their dims are.
-    """
-
-    kind: str
-    index: int = -1
-    dims: tuple[Dim, ...] = ()
-
-
-@dataclass
-class PackedGraphs:
-    """What the compiler hands to the runtime.
-
-    Args:
-        prologue: `(*arguments) -> tuple` of prologue results, indexed below.
-        packed: `(*inputs) -> tuple` of stream values, as `inputs` says.
-        late: `(*arguments, *prologue results, *packed results, class_of) -> outputs`; `late_inputs` picks from these.
-        keys: prologue results `(index, dims)` that tell token classes apart; see `docs/design.md`.
-        position_is_key: the column index entered the stream (a table by position).
-        key_valid: for each attention, the prologue results that say which keys are valid (-1 - i for data mask i).
-        guards: groups of prologue results that switch padding off (`padding.py`).
-        results: the prologue's results as nodes of the original graph.
-        data_masks: masks to be checked at each call: prologue result, additive?, negated?
-    """
-
-    prologue: fx.GraphModule
-    packed: fx.GraphModule
-    late: fx.GraphModule
-    inputs: list[Input]
-    late_inputs: list[tuple[str, int]]
-    keys: list[tuple[int, tuple[Dim, ...]]]
-    position_is_key: bool
-    key_valid: list[tuple[int, ...]]
-    data_masks: list[tuple[int, bool, bool]]
-    guards: list[list[tuple[int, Factor]]]
-    can_drop_padding: bool
-    cuts: dict[Selection, tuple[Any, Any]]
-    results: list[fx.Node]
-    whole: Selection
-    matches: list[AttentionMatch]
-
-
-@dataclass(frozen=True)
-class ResultRef:
-    """Stands for a prologue result among the arguments of a cut."""
-
-    index: int
 
 
 def _cut(selection: Selection) -> tuple[Any, tuple[Any, ...]]:
@@ -119,7 +63,7 @@ class Lowering:
         self.late_env: dict[fx.Node, Any] = {}
         self.packed_outputs: dict[fx.Node, int] = {}  # nodes of the packed graph
         self.data_masks: dict[fx.Node, int] = {}
-        self.live = _live(gm.graph)
+        self.live = live_nodes(gm.graph)
         self.cuts: dict[Selection, tuple[Any, Any]] = {}
         self.late_inputs: dict[tuple[str, int], fx.Node] = {}
         self.placeholders = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -462,12 +406,12 @@ class Lowering:
 
     def _finish(self) -> PackedGraphs:
         self.packed.output(tuple(self.packed_outputs))
-        _drop_dead(self.packed)
-        _drop_dead(self.late)
-        self.inputs = _used(self.packed, self.inputs)
-        self.late_inputs = _used(self.late, self.late_inputs)
-        _order_placeholders(self.packed, list(self.inputs.values()))
-        _order_placeholders(self.late, list(self.late_inputs.values()))
+        drop_dead(self.packed)
+        drop_dead(self.late)
+        self.inputs = used_inputs(self.packed, self.inputs)
+        self.late_inputs = used_inputs(self.late, self.late_inputs)
+        order_placeholders(self.packed, list(self.inputs.values()))
+        order_placeholders(self.late, list(self.late_inputs.values()))
         formulas = {m.formula.data: m.formula for m in self.matches.values()}
         for factor in (f for group in self.guards.groups for f in group):
             self._note_cuts(factor.selection)
@@ -481,9 +425,9 @@ class Lowering:
                 (self._result(node), formulas[node].data_additive, formulas[node].data_negated)
                 for node in self.data_masks
             ],
-            prologue=_prologue_module(self.gm, self.prologue_results, self.analysis),
-            packed=_module(self.gm, self.packed),
-            late=_module(self.gm, self.late),
+            prologue=prologue_module(self.gm, self.prologue_results, self.analysis),
+            packed=module_of(self.gm, self.packed),
+            late=module_of(self.gm, self.late),
             results=list(self.prologue_results),
             inputs=list(self.inputs),
             late_inputs=list(self.late_inputs),
@@ -516,84 +460,3 @@ LATE_LOWERINGS: dict[str, Callable[[Lowering, fx.Node, Any], fx.Node]] = {
     "nll_loss_nd": Lowering.label_loss,
     "nll_loss": Lowering.label_loss,
 }
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the output depends on."""
-    live: set[fx.Node] = set()
-    todo = [graph.output_node()]
-    while todo:
-        node = todo.pop()
-        if node not in live:
-            live.add(node)
-            todo += node.all_input_nodes
-    return live
-
-
-def _module(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    constants = {str(n.target): getattr(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
-    graph.lint()
-    return fx.GraphModule(constants, graph)
-
-
-def _prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: Analysis) -> fx.GraphModule:
-    """`(*arguments) -> results`: the nodes they depend on, and what writes into those, in the original order."""
-    wanted: set[fx.Node] = set(results)
-    for node in reversed(gm.graph.nodes):
-        if node in wanted or (
-            node.op != "output"
-            and analysis.kind(node) == PROLOGUE
-            and any(n in wanted for n in mutated_args(node))
-        ):
-            wanted.add(node)
-            wanted.update(node.all_input_nodes)
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in wanted or is_mode_switch(node):
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[node] for node in results))
-    _drop_dead(graph)
-    return _module(gm, graph)
-
-
-def _drop_dead(graph: fx.Graph) -> None:
-    """Remove what nothing uses, and mode switches with nothing between them."""
-    for node in reversed(graph.nodes):
-        if (
-            node.op == "call_function"
-            and not node.users
-            and not is_mode_switch(node)
-            and not mutated_args(node)
-        ):
-            graph.erase_node(node)
-    last: fx.Node | None = None
-    for node in list(graph.nodes):
-        if node.op in ("placeholder", "output"):
-            continue
-        if not is_mode_switch(node):
-            last = None
-        elif last is not None and node.target is torch._C._set_grad_enabled is last.target:
-            graph.erase_node(last)
-            last = node
-        elif last is not None and last in node.all_input_nodes:  # autocast entered and left
-            graph.erase_node(node)
-            graph.erase_node(last)
-            last = None
-        else:
-            last = node
-
-
-def _used(graph: fx.Graph, inputs: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
-    """The inputs that something uses; the others are erased."""
-    for node in [n for n in inputs.values() if not n.users]:
-        graph.erase_node(node)
-    return {spec: node for spec, node in inputs.items() if node.users}
-
-
-def _order_placeholders(graph: fx.Graph, order: list[fx.Node]) -> None:
-    """Placeholders first, in the order in which the runtime passes them."""
-    for node in reversed(order):
-        first = next(iter(graph.nodes))
-        if first is not node:
-            first.prepend(node)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from .attention_match import AttentionMatch
-from .lower import PackedGraphs
+from .packed_graphs import PackedGraphs
 from .padding import Guards
 from .propagate import Analysis
 from .reasons import FallbackReason, Unsupported

@@ -9,7 +9,7 @@ from torch import fx
 
 from .graph import requires_grad, val
 from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
-from .lower import PackedGraphs
+from .packed_graphs import PackedGraphs
 from .reasons import Unsupported
 
 TOKENS = 7919  # a prime that no model has as a size

@@ -23,7 +23,7 @@ from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of,
 from .options import Options
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.layout import POSITION, ROW, Dim
-from .passes.lower import Input, PackedGraphs
+from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import Unsupported
 from .plan import DenseCall, Plan, build_plan, rows_first
 from .report import AttentionReport, BatchReport, FallbackError, GraphReport, log

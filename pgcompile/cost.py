@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .passes.graph import aten, is_tensor, shape, val
-from .passes.lower import PackedGraphs
+from .passes.packed_graphs import PackedGraphs
 from .passes.propagate import Analysis
 from .plan import Plan
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from . import stats
 from .options import Options
-from .passes.lower import PackedGraphs
+from .passes.packed_graphs import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
 from .report import log
 

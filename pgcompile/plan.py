@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .passes.layout import POSITION, ROW, Dim
-from .passes.lower import PackedGraphs, ResultRef
+from .passes.packed_graphs import PackedGraphs, ResultRef
 from .prefix_tree import PrefixTree, build_prefix_tree, encode_columns
 
 # A branch makes every engine handle a segment more; measured on CPU that costs about as much as 16 tokens.

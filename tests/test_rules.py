@@ -30,7 +30,8 @@ from pgcompile.passes.attention_match import match_attention
 from pgcompile.passes.layout import POSITION, ROW, Selection, TokenLayout, view_dims
 from pgcompile.passes.lower import Lowering
 from pgcompile.passes.padding import Guards
-from pgcompile.passes.propagate import Analysis, Seeds, _Walk
+from pgcompile.passes.propagate import Analysis, _Walk
+from pgcompile.passes.seeds import Seeds
 from pgcompile.passes.reasons import Unsupported
 from pgcompile.passes.rules import RULES, STREAM, pointwise_rule
 from pgcompile.prefix_tree import PrefixTree, build_prefix_tree

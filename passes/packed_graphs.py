@@ -1,0 +1,69 @@
+"""What the compiler hands to the runtime: three graphs, and how the inputs of each are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from .attention_match import AttentionMatch
+from .layout import Dim, Selection
+from .padding import Factor
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the packed graph and how the runtime makes it.
+
+    Args:
+        kind: "argument" (the graph's own argument `index`), "value" (prologue result `index`, the same for all
+            tokens), "column" (prologue result `index`, packed by `dims`), or a tensor of the plan ("subtree_end",
+            "depth", "segments", "positions").
+        index: which argument or prologue result.
+        dims: for columns, what their dims are.
+    """
+
+    kind: str
+    index: int = -1
+    dims: tuple[Dim, ...] = ()
+
+
+@dataclass
+class PackedGraphs:
+    """What the compiler hands to the runtime.
+
+    Args:
+        prologue: `(*arguments) -> tuple` of prologue results, indexed below.
+        packed: `(*inputs) -> tuple` of stream values, as `inputs` says.
+        late: `(*arguments, *prologue results, *packed results, class_of) -> outputs`; `late_inputs` picks from these.
+        keys: prologue results `(index, dims)` that tell token classes apart; see `docs/design.md`.
+        position_is_key: the column index entered the stream (a table by position).
+        key_valid: for each attention, the prologue results that say which keys are valid (-1 - i for data mask i).
+        guards: groups of prologue results that switch padding off (`padding.py`).
+        results: the prologue's results as nodes of the original graph.
+        data_masks: masks to be checked at each call: prologue result, additive?, negated?
+    """
+
+    prologue: fx.GraphModule
+    packed: fx.GraphModule
+    late: fx.GraphModule
+    inputs: list[Input]
+    late_inputs: list[tuple[str, int]]
+    keys: list[tuple[int, tuple[Dim, ...]]]
+    position_is_key: bool
+    key_valid: list[tuple[int, ...]]
+    data_masks: list[tuple[int, bool, bool]]
+    guards: list[list[tuple[int, Factor]]]
+    can_drop_padding: bool
+    cuts: dict[Selection, tuple[Any, Any]]
+    results: list[fx.Node]
+    whole: Selection
+    matches: list[AttentionMatch]
+
+
+@dataclass(frozen=True)
+class ResultRef:
+    """Stands for a prologue result among the arguments of a cut."""
+
+    index: int

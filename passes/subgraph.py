@@ -1,0 +1,93 @@
+"""Small operations on FX graphs that lowering is built from: what is live, cutting out a prologue, cleaning up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import is_mode_switch, mutated_args
+from .propagate import Analysis
+from .rules import PROLOGUE
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output depends on."""
+    live: set[fx.Node] = set()
+    todo = [graph.output_node()]
+    while todo:
+        node = todo.pop()
+        if node not in live:
+            live.add(node)
+            todo += node.all_input_nodes
+    return live
+
+
+def module_of(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    constants = {str(n.target): getattr(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
+    graph.lint()
+    return fx.GraphModule(constants, graph)
+
+
+def prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: Analysis) -> fx.GraphModule:
+    """`(*arguments) -> results`: the nodes they depend on, and what writes into those, in the original order."""
+    wanted: set[fx.Node] = set(results)
+    for node in reversed(gm.graph.nodes):
+        if node in wanted or (
+            node.op != "output"
+            and analysis.kind(node) == PROLOGUE
+            and any(n in wanted for n in mutated_args(node))
+        ):
+            wanted.add(node)
+            wanted.update(node.all_input_nodes)
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in wanted or is_mode_switch(node):
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in results))
+    drop_dead(graph)
+    return module_of(gm, graph)
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove what nothing uses, and mode switches with nothing between them."""
+    for node in reversed(graph.nodes):
+        if (
+            node.op == "call_function"
+            and not node.users
+            and not is_mode_switch(node)
+            and not mutated_args(node)
+        ):
+            graph.erase_node(node)
+    last: fx.Node | None = None
+    for node in list(graph.nodes):
+        if node.op in ("placeholder", "output"):
+            continue
+        if not is_mode_switch(node):
+            last = None
+        elif last is not None and node.target is torch._C._set_grad_enabled is last.target:
+            graph.erase_node(last)
+            last = node
+        elif last is not None and last in node.all_input_nodes:  # autocast entered and left
+            graph.erase_node(node)
+            graph.erase_node(last)
+            last = None
+        else:
+            last = node
+
+
+def used_inputs(graph: fx.Graph, inputs: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
+    """The inputs that something uses; the others are erased."""
+    for node in [n for n in inputs.values() if not n.users]:
+        graph.erase_node(node)
+    return {spec: node for spec, node in inputs.items() if node.users}
+
+
+def order_placeholders(graph: fx.Graph, order: list[fx.Node]) -> None:
+    """Placeholders first, in the order in which the runtime passes them."""
+    for node in reversed(order):
+        first = next(iter(graph.nodes))
+        if first is not node:
+            first.prepend(node)
