@@ -218,7 +218,7 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
 def grpo_loss(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor, advantages: Tensor
 ) -> Tensor:
-    """PPO's clipped objective, averaged over answer tokens. Answers are fresh: the old log-probs are these, detached."""
+    """PPO's clipped objective over answer tokens. Answers are fresh: the old log-probs are these, detached."""
     logprobs = token_logprobs(model, input_ids, attention_mask)
     ratio = (logprobs - logprobs.detach()).exp()
     weight = advantages[:, None]

@@ -31,9 +31,9 @@ from pgcompile.passes.layout import POSITION, ROW, Selection, TokenLayout, view_
 from pgcompile.passes.lower import Lowering
 from pgcompile.passes.padding import Guards
 from pgcompile.passes.propagate import Analysis, _Walk
-from pgcompile.passes.seeds import Seeds
 from pgcompile.passes.reasons import Unsupported
 from pgcompile.passes.rules import RULES, STREAM, pointwise_rule
+from pgcompile.passes.seeds import Seeds
 from pgcompile.prefix_tree import PrefixTree, build_prefix_tree
 from rule_samples import SAMPLES, Call, Sample, Tensor
 
