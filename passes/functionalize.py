@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, is_tensor, mutated_args, val
+from .graph import aten, is_tensor, is_view, mutated_args, val
 
 
 def functionalize(gm: fx.GraphModule) -> None:
@@ -55,24 +55,23 @@ def _out_of_place(node: fx.Node) -> Any:
 
 
 def _is_private(target: Any, write: fx.Node, order: dict[fx.Node, int]) -> bool:
-    if not isinstance(target, fx.Node) or target.op != "call_function" or _is_view(target):
+    if not isinstance(target, fx.Node) or target.op != "call_function" or is_view(target):
         return False
-    return all(
-        order[user] < order[write] and all(order[u] < order[write] for u in user.users)
-        for user in target.users
-        if user is not write and _is_view(user)
+    return not _is_seen_after(target, write, order)
+
+
+def _is_seen_after(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """Does a view of `node`, or a view of that, exist or get used after the write?"""
+    views = [
+        user for user in node.users if user is not write and user.op == "call_function" and is_view(user)
+    ]
+    return any(
+        order[view] > order[write]
+        or any(order[user] > order[write] for user in view.users)
+        or _is_seen_after(view, write, order)
+        for view in views
+        if order[view] < order[write]
     )
-
-
-def _is_view(node: fx.Node) -> bool:
-    """May the node's value share memory with an argument?"""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return True
-    return any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments) or schema.name in (
-        "aten::to", "aten::contiguous", "aten::reshape", "aten::flatten", "aten::type_as", "aten::dropout",
-        "aten::expand_as", "aten::view_as", "aten::reshape_as",
-    )  # fmt: skip
 
 
 def _result_dtype(functional: Any, node: fx.Node) -> torch.dtype:

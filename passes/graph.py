@@ -39,6 +39,10 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
             found.append(
                 _opaque("autograd_function", node, "a custom autograd function may treat gradients freely")
             )
+        elif "inference_mode" in name:
+            found.append(
+                _opaque("trace_failed", node, "an ATen graph doesn't show regions of inference_mode")
+            )
         elif "hook" in name and "torch" in (getattr(node.target, "__module__", None) or ""):
             found.append(_opaque("hook", node, f"`{name}` may change the gradient of a shared token"))
     return found
@@ -165,3 +169,36 @@ def bound_args(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         else:
             positional.append(arg.default_value)
     return tuple(positional), keywords
+
+
+# Operations that may return their argument or a view of it without saying so in their schema.
+MAY_ALIAS = {
+    "aten::to", "aten::contiguous", "aten::reshape", "aten::flatten", "aten::type_as", "aten::dropout",
+    "aten::expand_as", "aten::view_as", "aten::reshape_as", "aten::meshgrid", "aten::broadcast_tensors",
+    "aten::einsum", "aten::unflatten", "aten::movedim", "aten::swapaxes", "aten::swapdims", "aten::chunk",
+    "aten::tensor_split", "aten::narrow", "aten::numpy_T", "aten::matrix_H", "aten::mT", "aten::adjoint",
+}  # fmt: skip
+
+
+def is_view(node: fx.Node) -> bool:
+    """May the node's value share memory with an argument that it doesn't write to?"""
+    schema = schema_of(node)
+    if schema is None:
+        return True  # getitem, and whatever else isn't ATen
+    aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+    return aliased or schema.name in MAY_ALIAS
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The tensor whose memory a chain of views and in-place operations looks into."""
+    while node.op == "call_function":
+        written = mutated_args(node)
+        if not written and not is_view(node):
+            break
+        sources = written or [
+            n for n in node.all_input_nodes if is_tensor(n) or not isinstance(val(n), (int, torch.SymInt))
+        ]
+        if not sources:
+            break
+        node = sources[0]
+    return node

@@ -95,6 +95,8 @@ class Lowering:
                 self.late.output(results)
             elif node in needed and values[node].kind == STREAM and not self._inside_attention(node):
                 self._emit(node)
+                if self._is_unpacked(node):
+                    self._in_late(node)  # here, between the mode switches that hold for it
             elif node in needed and values[node].kind == LATE:
                 self._emit_late(node)
             elif node in needed and values[node].kind == WEIGHT and node.op != "placeholder":
@@ -187,7 +189,9 @@ class Lowering:
         return self.packed.call_function(aten.expand.default, (x, outcome.layout.packed_shape()))
 
     def alias(self, node: fx.Node, outcome: Any) -> fx.Node:
-        return self._in_packed(outcome.detail or node_arg(node, 0))
+        """The same tokens; a node of its own, since under `no_grad` it is detached from its source."""
+        source = self._in_packed(outcome.detail or node_arg(node, 0))
+        return self.packed.call_function(aten.alias.default, (source,))
 
     def drop_dim(self, node: fx.Node, outcome: Any) -> fx.Node:
         """One position of every row, or one row: the dim of size 1 goes, T stays."""
@@ -362,6 +366,15 @@ class Lowering:
 
     # -- all three --------------------------------------------------------------------------------------------
 
+    def _is_unpacked(self, node: fx.Node) -> bool:
+        """Is the value used outside of the packed graph, other than as the logits of a label gather or loss?"""
+        for user in node.users:
+            if user in self.live and (user.op == "output" or self.analysis.kind(user) == LATE):
+                outcome = None if user.op == "output" else self.analysis.values[user].outcome
+                if outcome is None or outcome.action not in LATE_LOWERINGS:
+                    return True
+        return False
+
     def _emit_weight(self, node: fx.Node) -> None:
         """What is computed from parameters goes where it stood, between the same mode switches, to both graphs."""
         self.packed_env[node] = self.packed.node_copy(node, self._in_packed)
@@ -404,7 +417,7 @@ class Lowering:
                     )
         return None
 
-    def _finish(self) -> PackedGraphs:
+    def _finish(self) -> PackedGraphs | Unsupported:
         self.packed.output(tuple(self.packed_outputs))
         drop_dead(self.packed)
         drop_dead(self.late)
@@ -416,16 +429,23 @@ class Lowering:
         for factor in (f for group in self.guards.groups for f in group):
             self._note_cuts(factor.selection)
         guards = [[(self._result(f.node), f) for f in group] for group in self.guards.groups]
+        key_valid = [self._valid_keys(m) for m in self.matches.values()]
+        data_masks = [
+            (self._result(node), formulas[node].data_additive, formulas[node].data_negated)
+            for node in self.data_masks
+        ]
+        prologue = prologue_module(
+            self.gm, self.prologue_results, self.analysis
+        )  # when all results are known
+        if isinstance(prologue, Unsupported):
+            return prologue
         return PackedGraphs(
             guards=guards,
             cuts=self.cuts,
             can_drop_padding=self.guards.refusal is None,
-            key_valid=[self._valid_keys(m) for m in self.matches.values()],
-            data_masks=[
-                (self._result(node), formulas[node].data_additive, formulas[node].data_negated)
-                for node in self.data_masks
-            ],
-            prologue=prologue_module(self.gm, self.prologue_results, self.analysis),
+            key_valid=key_valid,
+            data_masks=data_masks,
+            prologue=prologue,
             packed=module_of(self.gm, self.packed),
             late=module_of(self.gm, self.late),
             results=list(self.prologue_results),

@@ -17,7 +17,7 @@ from .graph import aten, bound_args, is_tensor, shape, val
 from .layout import Dim, Selection, TokenLayout, plain
 from .propagate import Analysis
 from .reasons import Unsupported
-from .rules import LATE, RULES, STREAM, Op, Operand, Outcome, pointwise_rule
+from .rules import LATE, PROLOGUE, RULES, STREAM, Op, Operand, Outcome, pointwise_rule
 from .rules.common import DENSE, aligned_dims
 
 
@@ -64,7 +64,7 @@ def padding_guards(analysis: Analysis) -> Guards:
         sources = {n: _taint_of(n, analysis, taints) for n in node.all_input_nodes}
         if not any(sources.values()):
             continue
-        found = _follow(node, sources, value.outcome, selections)
+        found = _follow(node, sources, value.outcome, selections, analysis)
         if isinstance(found, _Taint):
             taints[node] = found
             continue
@@ -91,6 +91,7 @@ def _follow(
     sources: dict[fx.Node, _Taint | None],
     outcome: Outcome | None,
     selections: dict[Any, Selection],
+    analysis: Analysis,
 ) -> _Taint | list[tuple[Factor, ...]] | None:
     """The taint of the result; or, of an operation that mixes tokens, its groups (None: those of its sources)."""
     if outcome is not None and outcome.action != "emit":
@@ -100,6 +101,8 @@ def _follow(
         return None
     groups = tuple(dict.fromkeys(g for t in sources.values() if t is not None for g in t.groups))
     factor = _factor(node, sources, layout)
+    if factor is not None and analysis.kind(factor.node) != PROLOGUE:
+        factor = None  # computed from tokens: only known once they are unpacked
     return _Taint(layout, tuple((*g, factor) for g in groups) if factor is not None else groups)
 
 

@@ -21,6 +21,7 @@ from torch import fx
 
 from .graph import (
     aten,
+    base_of,
     bound_args,
     is_mode_switch,
     is_tensor,
@@ -179,9 +180,9 @@ class _Walk:
             )  # an input that requires grad may still be a column
         kinds = {self.out.kind(n) for n in node.all_input_nodes}
         if LATE in kinds:
-            return self._late(node, kinds)
+            return self._written(node) or self._late(node, kinds)
         if STREAM not in kinds:
-            return self._written(node) or Value(WEIGHT)
+            return self._written(node) or self._weight(node)
         if node.target is operator.getitem:
             source, index = bound_args(node)[0]
             layouts = self.out.values[source].layouts
@@ -192,7 +193,7 @@ class _Walk:
     def _written(self, node: fx.Node) -> Value | None:
         """In-place operations: fine on what the graph itself made in the prologue, refused elsewhere."""
         for target in mutated_args(node):
-            base = _base_of(target)
+            base = base_of(target)
             if base.op == "placeholder" or self.out.kind(base) != PROLOGUE or node not in self.inputs_only:
                 renorm = node.target is aten.embedding_renorm_.default
                 kind, hint = (
@@ -204,6 +205,18 @@ class _Walk:
                 self._note(reason)
                 return Value(LATE, reason=reason)
         return None
+
+    def _weight(self, node: fx.Node) -> Value:
+        """What is computed from parameters; noise on them would be drawn for the packed and the late graph anew."""
+        tags = getattr(node.target, "tags", ())
+        active_dropout = node.target is aten.dropout.default and node.args[1] and node.args[2]
+        if (
+            torch.Tag.nondeterministic_seeded in tags and node.target is not aten.dropout.default
+        ) or active_dropout:
+            reason = Unsupported("randomness", node, f"`{node.target}` draws random numbers for a parameter")
+            self._note(reason)
+            return Value(LATE, reason=reason)
+        return Value(WEIGHT)
 
     def _late(self, node: fx.Node, kinds: set[str]) -> Value:
         sources = [n for n in node.all_input_nodes if self.out.kind(n) == LATE]
@@ -324,18 +337,6 @@ def _symbolic_argument(args: Any, kwargs: Any) -> Any:
     flat = [*args, *kwargs.values()]
     flat += [b for a in flat if isinstance(a, (list, tuple)) for b in a]
     return next((a for a in flat if isinstance(a, fx.Node) and isinstance(val(a), torch.SymInt)), None)
-
-
-def _base_of(node: fx.Node) -> fx.Node:
-    """The tensor that a chain of views looks into."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema
-        aliased = [i for i, a in enumerate(schema.arguments) if a.alias_info is not None]
-        source = node.args[aliased[0]] if aliased and aliased[0] < len(node.args) else None
-        if not isinstance(source, fx.Node):
-            break
-        node = source
-    return node
 
 
 def _owner(base: fx.Node) -> str:

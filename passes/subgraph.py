@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import is_mode_switch, mutated_args
+from .graph import base_of, is_mode_switch, is_tensor, mutated_args
 from .propagate import Analysis
+from .reasons import Unsupported
 from .rules import PROLOGUE
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that the output depends on."""
-    live: set[fx.Node] = set()
-    todo = [graph.output_node()]
-    while todo:
-        node = todo.pop()
-        if node not in live:
-            live.add(node)
-            todo += node.all_input_nodes
-    return live
+    return _ancestors([graph.output_node()])
 
 
 def module_of(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -30,17 +25,36 @@ def module_of(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule(constants, graph)
 
 
-def prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: Analysis) -> fx.GraphModule:
-    """`(*arguments) -> results`: the nodes they depend on, and what writes into those, in the original order."""
-    wanted: set[fx.Node] = set(results)
-    for node in reversed(gm.graph.nodes):
-        if node in wanted or (
-            node.op != "output"
-            and analysis.kind(node) == PROLOGUE
-            and any(n in wanted for n in mutated_args(node))
-        ):
-            wanted.add(node)
-            wanted.update(node.all_input_nodes)
+def prologue_module(
+    gm: fx.GraphModule, results: dict[fx.Node, int], analysis: Analysis
+) -> fx.GraphModule | Unsupported:
+    """`(*arguments) -> results`: the nodes they depend on, and what writes into those, in the original order.
+
+    Results are read at the end. A result that the original reads and only then writes to is refused.
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    writes = [n for n in gm.graph.nodes if n.op == "call_function" and mutated_args(n)]
+    for result in results:
+        last = max((order[w] for w in writes if base_of(w) is base_of(result)), default=-1)
+        early = [
+            u for u in result.users if order[u] < last and (u.op == "output" or analysis.kind(u) != PROLOGUE)
+        ]
+        if early and is_tensor(result):
+            return Unsupported(
+                "mutation", early[0], f"`{result.name}` is written in place after it was used here"
+            )
+    wanted = _ancestors(results)
+    while True:
+        memory = {base_of(n) for n in wanted if is_tensor(n)}
+        missing = [
+            w for w in writes if w not in wanted and base_of(w) in memory and analysis.kind(w) == PROLOGUE
+        ]
+        if not missing:
+            break
+        wanted |= _ancestors(missing)
+    stray = [n for n in wanted if n.op == "call_function" and analysis.kind(n) != PROLOGUE]
+    if stray:
+        return Unsupported("internal_error", stray[0], "the prologue depends on tokens")
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -49,6 +63,18 @@ def prologue_module(gm: fx.GraphModule, results: dict[fx.Node, int], analysis: A
     graph.output(tuple(env[node] for node in results))
     drop_dead(graph)
     return module_of(gm, graph)
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they depend on."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
 
 
 def drop_dead(graph: fx.Graph) -> None:

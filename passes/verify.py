@@ -51,7 +51,10 @@ def fake_inputs(
                     source,
                     "a value whose size depends on the batch is used for every token",
                 )
-            made.append(_empty(like.shape, like.dtype, like.device, requires_grad(source)))
+            empty = torch.empty_strided(
+                tuple(like.shape), like.stride(), dtype=like.dtype, device=like.device
+            )
+            made.append(empty.requires_grad_(requires_grad(source)))
         elif spec.kind == "column":
             source = graphs.results[spec.index]
             like = val(source)

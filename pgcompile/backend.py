@@ -237,7 +237,7 @@ def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
     holder = POSITION if at is not None else ROW
     rest = iter(range(1, packed.dim()))
     order = [0 if holder in dim else next(rest) for dim in dims if holder in dim or ROW not in dim]
-    packed = packed.permute(order)
+    packed = packed.permute(order).contiguous()  # as it was compiled for
     for i, dim in enumerate(dims):
         if ROW in dim and holder not in dim:
             packed = packed.unsqueeze(i)

@@ -203,7 +203,9 @@ def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
         inputs = packed_inputs(graphs, aten_gm, 7919)
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
     return tuple(
-        (tuple(x.shape), x.dtype, str(x.device), x.requires_grad) if isinstance(x, torch.Tensor) else repr(x)
+        (tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else repr(x)
         for x in inputs
     )
 

@@ -253,7 +253,9 @@ def _is_off(
         else off == factor.off
     )
     out = torch.ones(n * s, dtype=torch.bool, device=off.device)
-    out[selected.reshape(-1)] = off.reshape(-1)
+    out[selected.reshape(-1)[~off.reshape(-1)]] = (
+        False  # a token may be selected twice: off only if it always is
+    )
     return out.view(n, s)
 
 

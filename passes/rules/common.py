@@ -91,10 +91,11 @@ class Op:
 
     def select(self, parent: Selection, key: Any, rows: Any, positions: Any, dim: int = 0) -> Selection:
         """The selection that this operation cuts from `parent`; equal cuts (same `key`) give the same object."""
-        found = self.selections.get((id(parent), key))
+        where = (id(parent), repr(key))  # symbolic sizes don't hash, but print as their expressions
+        found = self.selections.get(where)
         if found is None:
             found = Selection(rows, positions, parent, self.node, dim)
-            self.selections[(id(parent), key)] = found
+            self.selections[where] = found
         return found
 
     @property
