@@ -135,6 +135,16 @@ def _add(accepted: bool, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     SAMPLES.append(Sample(Call(op, args, kwargs), accepted, **options))
 
 
+def merged_column(op: Any, *args: Any, dims: tuple[Any, ...]) -> None:
+    """A column with all of the stream's dims packs, unless one of them merges tokens with a plain size."""
+    if any(is_token(d) and "3" in d for d in dims):
+        refuses(
+            op, *args, conservative="the runtime packs columns with rows and positions in dims of their own"
+        )
+    else:
+        packs(op, *args)
+
+
 def is_token(dim: Any) -> bool:
     return isinstance(dim, str)
 
@@ -155,7 +165,7 @@ complexes = dict(dtype=torch.complex128)
 for dims in TOKENS + TABLES:
     packs(aten.silu.default, stream(*dims))
     packs(aten.add.Tensor, stream(*dims), stream(*dims))
-    packs(aten.add.Tensor, stream(*dims), column(*dims))
+    merged_column(aten.add.Tensor, stream(*dims), column(*dims), dims=dims)
     packs(aten.mul.Tensor, stream(*dims), 2.5)
 for dims in TOKENS[:6]:
     packs(aten.mul.Tensor, stream(*dims), column(*(1 if not is_token(d) else d for d in dims)))
@@ -385,7 +395,7 @@ for dims, d, verdict in each_dim():
         refuses(aten.cat.default, [stream(*dims), stream(*dims)], d, conservative=MORE)
     else:
         packs(aten.cat.default, [stream(*dims), stream(*dims)], d)
-        packs(aten.cat.default, [stream(*dims), stream(*dims), column(*dims)], d)
+        merged_column(aten.cat.default, [stream(*dims), stream(*dims), column(*dims)], d, dims=dims)
     verdict(aten.unbind.int, stream(*dims), d, late=True)
 packs(aten.cat.default, [data(0), stream("N", 3, "S", 4)], 2)
 packs(aten.concat.default, [column("N", "S", 6), stream("N", "S", 6)], -1)
