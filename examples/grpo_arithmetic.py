@@ -409,25 +409,22 @@ def describe_agreement(dense: list[Step], packed: list[Step]) -> str:
     pairs = list(zip(dense, packed, strict=True))
     same = [torch.equal(a.answers, b.answers) for a, b in pairs]
     until = same.index(False) if False in same else len(same)
-    reward_gap = max(abs(a.reward - b.reward) for a, b in pairs)
-    text = f"The first {until} of {len(pairs)} steps sampled the same answers, token for token"
-    if until:
-        loss_gap = max(abs(a.loss - b.loss) for a, b in pairs[:until])
-        text += f", with losses at most {loss_gap:.1e} apart"
-    text += f". The rewards differ by at most {reward_gap:.3f} in any step and by {reward_drift(pairs):.3f} on average."
-    if until < len(pairs):
-        equal = (dense[-1].answers == packed[-1].answers).float().mean().item()
-        text += (
-            " Packing changes the order of some sums, and so their float32 rounding. Training amplifies that until a"
-            f" random number falls between the two models' distributions: in step {until + 1} a first sampled token"
-            " differs, and from there on the runs learn from different answers. In the last step"
-            f" {equal:.0%} of the sampled tokens were still equal."
+    loss_gap = max((abs(a.loss - b.loss) for a, b in pairs[:until]), default=0.0)
+    rounding = "Packing changes the order of some sums, and so their float32 rounding"
+    if until == len(pairs):
+        return (
+            f"All {until} steps sampled the same answers, token for token: the reward curves are equal, and the losses"
+            f" at most {loss_gap:.1e} apart. {rounding}; it never changed a sampled token."
         )
-    return text
-
-
-def reward_drift(pairs: list[tuple[Step, Step]]) -> float:
-    return sum(abs(a.reward - b.reward) for a, b in pairs) / len(pairs)
+    gaps = [abs(a.reward - b.reward) for a, b in pairs]
+    equal = (dense[-1].answers == packed[-1].answers).float().mean().item()
+    return (
+        f"The first {until} of {len(pairs)} steps sampled the same answers, token for token, with losses at most"
+        f" {loss_gap:.1e} apart. The rewards differ by at most {max(gaps):.3f} in any step and by"
+        f" {sum(gaps) / len(gaps):.3f} on average. {rounding}: in step {until + 1} a random number fell between the two"
+        " models' distributions and a first sampled token differs; from there on the runs learn from different answers."
+        f" In the last step {equal:.0%} of the sampled tokens were still equal."
+    )
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
