@@ -1,45 +1,144 @@
-"""In-place operations on the graph's own values, written out of place: `x.add_(y)` becomes `x' = x.add(y)`.
+"""In-place operations on the graph's own values, written out of place, through views too.
 
-Only where nothing else can see the write: `x` is made by the graph, isn't a view, and no view of it is used later.
+    x.add_(y)              →  x' = x.add(y)
+    x[:, 1:].add_(y)       →  v = x[:, 1:].add(y);  x' = slice_scatter(x, v, 1, 1)
+    k = empty(…)           →  k' = cat([a, b], -1)
+    k[..., :4].copy_(a)
+    k[..., 4:].copy_(b)
+
+What is used after the write and looked into the old memory, `x` and its views, looks into `x'` from then on. Left as
+they are, for the analysis to judge: writes into the caller's tensors and buffers, writes that only concern values
+computed from inputs (the prologue runs as written), and writes through a view that can't be undone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import aten, is_tensor, is_view, mutated_args, val
+from .graph import aten, bound_args, call, is_mode_switch, is_tensor, is_view, mutated_args, same_size, shape, val
+from .seeds import nodes_from_inputs_alone
 
 
 def functionalize(gm: fx.GraphModule) -> None:
     """Rewrite `gm` (an ATen graph) in place."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    writes = [n for n in gm.graph.nodes if n.op == "call_function" and mutated_args(n)]
+    from_inputs = nodes_from_inputs_alone(gm.graph) if writes else set()
+    for write in writes:
+        _Write(gm.graph, write, write in from_inputs).rewrite()
     for node in list(gm.graph.nodes):
-        functional = _out_of_place(node)
-        if functional is None or not _is_private(node.args[0], node, order):
-            continue
-        target = node.args[0]
-        with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(functional, node.args, node.kwargs)
-            new.meta = dict(node.meta)
-            result = _result_dtype(functional, node)
-            if result != val(target).dtype:
-                with_dtype = gm.graph.call_function(aten.to.dtype, (new, val(target).dtype))
-                with_dtype.meta = dict(node.meta)
-                new.meta["val"] = val(target).to(result)
-                new = with_dtype
-        order[new] = order[node]
-        target.replace_all_uses_with(
-            new, delete_user_cb=lambda user, write=order[node]: order.get(user, -1) > write
-        )
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        if node.target is aten.slice_scatter.default:
+            _join_slices(gm.graph, node)
+    for node in reversed(gm.graph.nodes):
+        if not node.users and (node.target in _SCATTERS | _EMPTY or node.target in _KINDS):
+            gm.graph.erase_node(node)
     gm.recompile()
 
 
-def _out_of_place(node: fx.Node) -> Any:
+class _Write:
+    """One in-place operation."""
+
+    def __init__(self, graph: fx.Graph, node: fx.Node, from_inputs: bool) -> None:
+        self.graph, self.node, self.from_inputs = graph, node, from_inputs
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+
+    def rewrite(self) -> None:
+        target = self.node.args[0] if self.node.args else None
+        functional = out_of_place(self.node)
+        if functional is None or not isinstance(target, fx.Node):
+            return
+        chain = _views_to_base(target)
+        if chain is None or not self._is_private(chain[-1], through_views=len(chain) > 1):
+            return
+        with self.graph.inserting_before(self.node):
+            new = self._result(functional, target)
+            for view, parent in zip(chain, chain[1:], strict=False):
+                new = _UNDO[_kind(view)](self, view, parent, new)
+            self._refresh(chain[-1], new)
+        self.node.replace_all_uses_with(self.fresh.get(target, new))
+        self.graph.erase_node(self.node)
+
+    def _is_private(self, base: fx.Node, through_views: bool) -> bool:
+        """May nobody else see the write: is the base made here, and are all later looks into it understood?"""
+        if base.op != "call_function" or mutated_args(base) or (is_view(base) and not _is_fresh_item(base)):
+            return False
+        aliases = self._aliases(base)
+        if aliases is None:
+            return False
+        seen_later = [a for a in aliases if any(self._is_later(u) for u in a.users)]
+        if not through_views and not seen_later:
+            return True
+        if self.from_inputs:
+            return False
+        switches = [n for n in self.graph.nodes if is_mode_switch(n)]
+        last = max((self.order[u] for a in (base, *aliases) for u in a.users), default=0)
+        return not any(self.order[base] < self.order[s] < last for s in switches)
+
+    def _aliases(self, base: fx.Node) -> list[fx.Node] | None:
+        """The views of `base` that exist before the write, parents first; None if one can't be made anew."""
+        found: list[fx.Node] = []
+        todo = [base]
+        while todo:
+            for user in todo.pop(0).users:
+                if user.op != "call_function" or user in found or user is self.node or self._is_later(user):
+                    continue
+                if mutated_args(user) and user in self.order:
+                    return None  # an earlier write that wasn't rewritten
+                if not is_view(user):
+                    continue
+                if _kind(user):
+                    found.append(user)
+                    todo.append(user)
+                elif any(self._is_later(u) or is_view(u) for u in user.users):
+                    return None
+        return found
+
+    def _is_later(self, node: fx.Node) -> bool:
+        return self.order.get(node, -1) > self.order[self.node]
+
+    def _result(self, functional: Any, target: fx.Node) -> fx.Node:
+        """What the write leaves in `target`, with its dtype and shape."""
+        if functional is aten.copy.default:
+            new = self.node.args[1]
+            if not isinstance(new, fx.Node):
+                return self.call(functional, *self.node.args)
+            if val(new).device != val(target).device:
+                return self.call(functional, *self.node.args)
+            new = self.cast(new, val(target).dtype)
+            return new if _same_shape(new, target) else self.call(aten.expand.default, new, self.sizes(target))
+        return self.cast(self.call(functional, *self.node.args, **self.node.kwargs), val(target).dtype)
+
+    def sizes(self, node: fx.Node) -> list[Any]:
+        return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, d) for d, s in enumerate(shape(node))]
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if val(node).dtype == dtype else self.call(aten.to.dtype, node, dtype)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = call(self.graph, target, *args, **kwargs)
+        new.meta = {**self.node.meta, "val": new.meta["val"]}
+        return new
+
+    def _refresh(self, base: fx.Node, new: fx.Node) -> None:
+        """Later uses of `base` and of its views become uses of `new` and of the same views of `new`."""
+        self.fresh: dict[fx.Node, fx.Node] = {base: new}
+        for view in self._aliases(base) or ():
+            again = self.graph.node_copy(view, lambda n: self.fresh.get(n, n))
+            again.meta = dict(view.meta)
+            self.fresh[view] = again
+        for old, fresh in self.fresh.items():
+            old.replace_all_uses_with(
+                fresh, delete_user_cb=lambda user: user is not self.node and self._is_later(user)
+            )
+        for fresh in reversed(self.fresh.values()):
+            if fresh is not new and not fresh.users and fresh is not self.fresh.get(self.node.args[0]):
+                self.graph.erase_node(fresh)
+
+
+def out_of_place(node: fx.Node) -> Any:
     """The functional twin of `add_`, `mul_`, …, or None."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
@@ -54,28 +153,155 @@ def _out_of_place(node: fx.Node) -> Any:
     return getattr(packet, node.target._overloadname, None) if packet is not None else None
 
 
-def _is_private(target: Any, write: fx.Node, order: dict[fx.Node, int]) -> bool:
-    if not isinstance(target, fx.Node) or target.op != "call_function" or is_view(target):
-        return False
-    return not _is_seen_after(target, write, order)
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
-def _is_seen_after(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Does a view of `node`, or a view of that, exist or get used after the write?"""
-    views = [
-        user for user in node.users if user is not write and user.op == "call_function" and is_view(user)
-    ]
-    return any(
-        order[view] > order[write]
-        or any(order[user] > order[write] for user in view.users)
-        or _is_seen_after(view, write, order)
-        for view in views
-        if order[view] < order[write]
+# -- views and how to undo them ---------------------------------------------------------------------------------------
+
+
+def _views_to_base(node: fx.Node) -> list[fx.Node] | None:
+    """`[node, its parent, …, base]`, or None if one of the views on the way can't be undone."""
+    chain = [node]
+    while is_view(chain[-1]) and chain[-1].op == "call_function" and not _is_fresh_item(chain[-1]):
+        if not _kind(chain[-1]):
+            return None
+        parent = chain[-1].args[0]
+        if _kind(chain[-1]) == "item":
+            assert isinstance(parent, fx.Node)
+            parent = parent.args[0]
+        assert isinstance(parent, fx.Node)
+        chain.append(parent)
+    return chain
+
+
+def _is_fresh_item(node: fx.Node) -> bool:
+    """One of several results of an operation that returns new tensors, such as topk."""
+    source = node.args[0] if node.args else None
+    return (
+        node.op == "call_function"
+        and not hasattr(node.target, "_schema")
+        and isinstance(source, fx.Node)
+        and source.op == "call_function"
+        and not is_view(source)
     )
 
 
-def _result_dtype(functional: Any, node: fx.Node) -> torch.dtype:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), val)
-    fakes = [a for a in node.all_input_nodes if is_tensor(a)]
-    with val(fakes[0]).fake_mode:
-        return functional(*args, **kwargs).dtype
+def _kind(node: fx.Node) -> str:
+    """The row of `_UNDO` for a view, "pieces" for several views at once, "" for what may or may not be a view."""
+    if node.target in _KINDS:
+        return _KINDS[node.target]
+    if node.target is aten.to.dtype and is_view(node) and bound_args(node)[0][3] is False:
+        return "alias"  # a cast to its own dtype returns the tensor itself
+    source = node.args[0] if node.args else None
+    if isinstance(source, fx.Node) and not hasattr(node.target, "_schema") and _KINDS.get(source.target) == "pieces":
+        return "item"
+    return ""
+
+
+def _undo_slice(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    return write.call(aten.slice_scatter.default, parent, new, *bound_args(view)[0][1:])
+
+
+def _undo_select(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    return write.call(aten.select_scatter.default, parent, new, *bound_args(view)[0][1:])
+
+
+def _undo_item(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    """One piece of split, chunk or unbind."""
+    pieces, index = view.args
+    assert isinstance(pieces, fx.Node) and isinstance(index, int)
+    args = bound_args(pieces)[0]
+    dim = args[-1] % len(shape(parent))
+    if pieces.target is aten.unbind.int:
+        return write.call(aten.select_scatter.default, parent, new, dim, index)
+    sizes = [p.shape[dim] for p in val(pieces)]
+    start = sum(sizes[:index])
+    return write.call(aten.slice_scatter.default, parent, new, dim, start, start + sizes[index])
+
+
+def _undo_transpose(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    return write.call(view.target, new, *view.args[1:])
+
+
+def _undo_permute(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    order: Any = view.args[1]
+    rank = len(order)
+    inverse = sorted(range(rank), key=lambda d: order[d] % rank)
+    return write.call(aten.permute.default, new, inverse)
+
+
+def _undo_unsqueeze(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    return write.call(aten.squeeze.dim, new, view.args[1])
+
+
+def _undo_reshape(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    return write.call(aten.reshape.default, new, write.sizes(parent))
+
+
+def _undo_alias(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
+    return new
+
+
+_UNDO: dict[str, Callable[[_Write, fx.Node, fx.Node, fx.Node], fx.Node]] = {
+    "slice": _undo_slice,
+    "select": _undo_select,
+    "item": _undo_item,
+    "transpose": _undo_transpose,
+    "permute": _undo_permute,
+    "unsqueeze": _undo_unsqueeze,
+    "reshape": _undo_reshape,
+    "alias": _undo_alias,
+}
+_KINDS: dict[Any, str] = {
+    aten.slice.Tensor: "slice",
+    aten.select.int: "select",
+    aten.transpose.int: "transpose",
+    aten.t.default: "transpose",
+    aten.permute.default: "permute",
+    aten.unsqueeze.default: "unsqueeze",
+    aten.view.default: "reshape",
+    aten.squeeze.dim: "reshape",
+    aten.alias.default: "alias",
+    aten.split.Tensor: "pieces",
+    aten.split.sizes: "pieces",
+    aten.split_with_sizes.default: "pieces",
+    aten.chunk.default: "pieces",
+    aten.unbind.int: "pieces",
+}
+
+
+# -- empty memory -----------------------------------------------------------------------------------------------------
+
+
+def _join_slices(graph: fx.Graph, last: fx.Node) -> None:
+    """`slice_scatter`s that fill all of an `empty` along one dim → `cat`: nothing of what `empty` held is left."""
+    dim = bound_args(last)[0][2] % len(shape(last))
+    pieces: dict[Any, tuple[Any, fx.Node]] = {}
+    node: Any = last
+    while isinstance(node, fx.Node) and node.target is aten.slice_scatter.default:
+        base, source, d, start, end, step = bound_args(node)[0]
+        size = shape(node)[dim]
+        if d % len(shape(node)) != dim or step != 1 or not isinstance(size, int):
+            return
+        start, end = (0 if start is None else start), (size if end is None else min(end, size))
+        if not isinstance(start, int) or not isinstance(end, int) or start in pieces:
+            return
+        pieces[start] = (end, source)
+        node = base
+    if not isinstance(node, fx.Node) or node.target not in _EMPTY:
+        return
+    at, sources = 0, []
+    while at in pieces:
+        at, source = pieces.pop(at)
+        sources.append(source)
+    if pieces or at != shape(last)[dim]:
+        return
+    with graph.inserting_before(last):
+        joined = graph.call_function(aten.cat.default, (sources, dim))
+        joined.meta = dict(last.meta)
+    last.replace_all_uses_with(joined)
+
+
+_SCATTERS = {aten.slice_scatter.default, aten.select_scatter.default}
+_EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}

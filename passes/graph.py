@@ -8,6 +8,7 @@ hooks and other higher-order operations, is looked for in the Dynamo graph first
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -98,6 +99,22 @@ def requires_grad(node: fx.Node) -> bool:
     return bool(node.meta.get("requires_grad", False))
 
 
+def is_state(node: fx.Node) -> bool:
+    """Parameters and buffers: tensors that belong to a module."""
+    label = node.meta.get("label", "")
+    return node.meta.get("is_parameter", False) or "_parameters_" in label or "_buffers_" in label
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node at the insertion point, with its fake value."""
+    node = graph.call_function(target, args, kwargs)
+    values, options = fx.map_arg((args, kwargs), val)
+    fakes = [v for n in node.all_input_nodes if isinstance(v := val(n), torch._subclasses.FakeTensor)]
+    with fakes[0].fake_mode:
+        node.meta["val"] = target(*values, **options)
+    return node
+
+
 def is_tensor(node: Any) -> bool:
     return isinstance(val(node), torch.Tensor)
 
@@ -185,8 +202,20 @@ def is_view(node: fx.Node) -> bool:
     schema = schema_of(node)
     if schema is None:
         return True  # getitem, and whatever else isn't ATen
+    if schema.name == "aten::to" and is_tensor(node) and is_tensor(node.args[0]):
+        return val(node).dtype == val(node.args[0]).dtype
+    if schema.name == "aten::contiguous" and _is_permuted(val(node.args[0])):
+        return False  # a copy
     aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
     return aliased or schema.name in MAY_ALIAS
+
+
+def _is_permuted(value: torch.Tensor) -> bool:
+    """Is a later dim provably further apart in memory than an earlier one?"""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    wide = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if statically_known_true(size > 1)]
+    return any(statically_known_true(a < b) for a, b in itertools.pairwise(wide))
 
 
 def base_of(node: fx.Node) -> fx.Node:

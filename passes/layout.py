@@ -11,6 +11,7 @@ Where a value has only one of the two (a table by position, one token per row), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +22,38 @@ from torch import fx
 from .graph import same_size
 
 ROW, POSITION, KEY = "N", "S", "K"
-Factor = Any  # ROW | POSITION | KEY | int | SymInt
+Factor = Any  # ROW | POSITION | KEY | Sorted | int | SymInt
 Dim = tuple[Factor, ...]
 
 
+@dataclass(frozen=True)
+class Sorted:
+    """All entries of a dim with these `factors`, in the order that the sort `by` gave them."""
+
+    factors: Dim
+    by: fx.Node
+
+    def __str__(self) -> str:
+        return f"sorted {'·'.join(map(str, self.factors))}"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Integers that number or count the entries of the sort `by`: they mean something only next to its results.
+
+    Args:
+        what: "index" (each is an index into a dim `into`), "counts" (entries of each key) or "offsets" (their
+            cumulative sum).
+        into: for an index, the dim.
+    """
+
+    what: str
+    by: fx.Node
+    into: Dim = ()
+
+
 def is_token_factor(factor: Factor) -> bool:
-    return isinstance(factor, str)
+    return isinstance(factor, (str, Sorted))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +77,8 @@ class Selection:
         return self.parent is None
 
     def size(self, factor: Factor) -> Any:
+        if isinstance(factor, Sorted):
+            return math.prod(self.size(f) for f in factor.factors)
         if factor == ROW:
             return self.rows
         return self.positions if factor in (POSITION, KEY) else factor
@@ -57,10 +86,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Dims of a value as factors, and the tokens that it has."""
+    """Dims of a value as factors, and the tokens that it has. `holds`: integers that aren't plain values."""
 
     dims: tuple[Dim, ...]
     selection: Selection = field(repr=False)
+    holds: Numbers | None = None
 
     @property
     def rank(self) -> int:
@@ -76,8 +106,13 @@ class TokenLayout:
     def is_token_dim(self, dim: int) -> bool:
         return any(is_token_factor(f) for f in self.dims[dim])
 
-    def with_dims(self, dims: Sequence[Dim]) -> TokenLayout:
-        return TokenLayout(tuple(dims), self.selection)
+    def with_dims(self, dims: Sequence[Dim], holds: Numbers | None = None) -> TokenLayout:
+        return TokenLayout(tuple(dims), self.selection, holds)
+
+    @property
+    def is_sorted(self) -> bool:
+        """Has it entries out of their order, or numbers of entries? Then it can't be unpacked."""
+        return self.holds is not None or any(isinstance(f, Sorted) for dim in self.dims for f in dim)
 
     @property
     def packed_factor(self) -> str:
@@ -88,7 +123,7 @@ class TokenLayout:
         """Sizes for view, reshape and expand in the packed graph; -1 where T is."""
         shape = []
         for dim in self.dims:
-            if self.packed_factor in dim:
+            if self.packed_factor in dim or any(isinstance(f, Sorted) for f in dim):
                 shape.append(-1)
                 continue
             size = 1
@@ -113,6 +148,7 @@ def is_plain_one(dim: Dim) -> bool:
 def is_well_formed(dims: Sequence[Dim]) -> bool:
     """Does each token factor occur at most once?"""
     factors = [f for dim in dims for f in dim if is_token_factor(f)]
+    factors = [g for f in factors for g in (f.factors if isinstance(f, Sorted) else (f,)) if is_token_factor(g)]
     return len(factors) == len(set(factors))
 
 

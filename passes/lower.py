@@ -201,6 +201,15 @@ class Lowering:
             x = self.packed.call_function(aten.transpose.int, (x, row_dim, dropped))
         return self.packed.call_function(aten.select.int, (x, dropped, 0))
 
+    def inverse(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """Where each entry went in a sort: the permutation of the packed entries, inverted."""
+        permutation = self._in_packed(outcome.detail)
+        size = self.packed.call_function(aten.sym_size.int, (permutation, 0))
+        options = {"dtype": val(node).dtype, "device": val(node).device}
+        count = self.packed.call_function(aten.arange.default, (size,), options)
+        empty = self.packed.call_function(aten.empty_like.default, (permutation,), {"dtype": val(node).dtype})
+        return self.packed.call_function(aten.index_put.default, (empty, [permutation], count))
+
     def column(self, node: fx.Node, outcome: Any) -> fx.Node:
         return self._packed_column(node, outcome.layout.dims)
 
@@ -469,6 +478,7 @@ LOWERINGS: dict[str, Callable[[Lowering, fx.Node, Any], fx.Node]] = {
     "expand": Lowering.expand,
     "alias": Lowering.alias,
     "drop_dim": Lowering.drop_dim,
+    "inverse": Lowering.inverse,
     "column": Lowering.column,
     "lookup": Lowering.lookup,
     "table": Lowering.table,

@@ -17,7 +17,7 @@ from .graph import aten, bound_args, is_tensor, shape, val
 from .layout import Dim, Selection, TokenLayout, plain
 from .propagate import Analysis
 from .reasons import Unsupported
-from .rules import LATE, PROLOGUE, RULES, STREAM, Op, Operand, Outcome, pointwise_rule
+from .rules import LATE, PROLOGUE, STREAM, Op, Operand, Outcome, rule_of
 from .rules.common import DENSE, aligned_dims
 
 
@@ -121,15 +121,7 @@ def _after_labels(node: fx.Node, outcome: Outcome) -> _Taint | list[tuple[Factor
 def _layout_after(
     node: fx.Node, sources: dict[fx.Node, _Taint | None], selections: dict[Any, Selection]
 ) -> TokenLayout | None:
-    import torch
-
-    rule = RULES.get(node.target)
-    if (
-        rule is None
-        and isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.pointwise in node.target.tags
-    ):
-        rule = pointwise_rule
+    rule = rule_of(node.target)
     if rule is None:
         return None
 
@@ -153,7 +145,7 @@ def _layout_after(
     )
     if isinstance(found, Unsupported) or isinstance(found.layout, tuple) or found.action not in _KEEPS_TOKENS:
         return None
-    return found.layout
+    return None if found.layout.is_sorted else found.layout
 
 
 _KEEPS_TOKENS = ("emit", "reshape", "expand", "alias", "drop_dim")

@@ -24,6 +24,7 @@ from .graph import (
     base_of,
     bound_args,
     is_mode_switch,
+    is_state,
     is_tensor,
     mutated_args,
     same_size,
@@ -32,8 +33,9 @@ from .graph import (
 )
 from .layout import POSITION, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
-from .rules import LATE, PROLOGUE, RULES, STREAM, WEIGHT, Op, Operand, Outcome, pointwise_rule
-from .seeds import Seeds, descendants, find_seeds, is_state, nodes_from_inputs_alone
+from .rules import LATE, NUMBER_RULES, PROLOGUE, RULES, STREAM, WEIGHT, Op, Operand, Outcome, rule_of
+from .rules.common import RULES_BY_NAME
+from .seeds import Seeds, descendants, find_seeds, nodes_from_inputs_alone
 
 NUMBER = "number"
 
@@ -94,6 +96,10 @@ class Analysis:
     def _work(self, kind: str) -> int:
         return sum(_multiply_adds(n) for n, v in self.values.items() if v.kind == kind)
 
+    def is_late_use(self, user: fx.Node) -> bool:
+        """Does a user of a value need it unpacked?"""
+        return user.op == "output" or self.kind(user) == LATE
+
     def kind(self, node: Any) -> str:
         return self.values[node].kind if isinstance(node, fx.Node) else NUMBER
 
@@ -115,9 +121,26 @@ def analyse(graph: fx.Graph, dropout: str = "fallback", survey: bool = False) ->
             break
         tables |= wanted
     feeding = _ancestors(first.mixers)
-    second = _Walk(graph, seeds, dropout, survey, feeding, tables).run()
+    unpacked: set[fx.Node] = set()
+    while True:
+        second = _Walk(graph, seeds, dropout, survey, feeding, tables, unpacked).run()
+        stuck = _sorts_used_late(second)
+        if not stuck - unpacked:
+            break
+        unpacked |= stuck
     second.roots = first.reasons
     return second
+
+
+def _sorts_used_late(analysis: Analysis) -> set[fx.Node]:
+    """Sorts of tokens whose results are used on unpacked tokens: entries in another order can't be unpacked."""
+    found = set()
+    for node, value in analysis.values.items():
+        for layout in value.layouts:
+            if layout.is_sorted and any(analysis.is_late_use(user) for user in node.users):
+                numbers = [layout.holds] if layout.holds else []
+                found |= {s.by for s in (*numbers, *(f for dim in layout.dims for f in dim)) if not isinstance(s, (int, str))}
+    return found
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -136,11 +159,11 @@ class _Walk:
 
     def __init__(
         self, graph: fx.Graph, seeds: Seeds, dropout: str, survey: bool, before_mixer: set[fx.Node] | None,
-        tables: dict[fx.Node, int],
+        tables: dict[fx.Node, int], unpacked: set[fx.Node] | None = None,
     ) -> None:  # fmt: skip
         self.out = Analysis(graph, seeds.whole)
         self.seeds, self.dropout, self.survey = seeds, dropout, survey
-        self.before_mixer, self.tables = before_mixer, tables
+        self.before_mixer, self.tables, self.unpacked = before_mixer, tables, unpacked or set()
         self.selections: dict[Any, Selection] = {}
         self.inputs_only = nodes_from_inputs_alone(graph) - descendants(graph, set(seeds.layouts))
 
@@ -251,6 +274,8 @@ class _Walk:
 
     def _apply(self, node: fx.Node) -> Value:
         found = self._outcome(node)
+        if node in self.unpacked:
+            found = Unsupported("token_mixing", node, "sorted tokens are used where tokens are unpacked")
         if isinstance(found, Unsupported):
             like = self._keeps_shape(node)
             if self.survey and like is not None and self._is_early(node):
@@ -279,12 +304,14 @@ class _Walk:
     def _outcome(self, node: fx.Node) -> Outcome | Unsupported:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return Unsupported("unknown_op", node, f"`{node.target}` has no rule")
-        tags = node.target.tags
-        rule = RULES.get(node.target)
-        if rule is None and torch.Tag.nondeterministic_seeded in tags:
+        if any(layout.holds for n in node.all_input_nodes for layout in self.out.values[n].layouts):
+            rule = NUMBER_RULES.get(node.target) or RULES_BY_NAME.get(node.target._schema.name)
+            if rule is None:
+                return Unsupported("token_mixing", node, f"`{node.target}` gets numbers of sorted tokens")
+        elif node.target not in RULES and torch.Tag.nondeterministic_seeded in node.target.tags:
             return Unsupported("randomness", node, f"`{node.target}` draws random numbers")
-        if rule is None and torch.Tag.pointwise in tags:
-            rule = pointwise_rule
+        else:
+            rule = rule_of(node.target)
         if rule is None:
             return Unsupported(
                 "unknown_op", node, f"`{node.target}` has no rule", "docs/rules.md tells how to add one"

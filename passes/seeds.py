@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import aten, is_tensor, requires_grad, same_size, shape, val
+from .graph import aten, is_state, is_tensor, requires_grad, same_size, shape, val
 from .layout import POSITION, ROW, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
 
@@ -70,12 +70,6 @@ def _index_dims(sizes: tuple[Any, ...], whole: Selection, is_ids: bool) -> tuple
 def _is_float_tokens(node: fx.Node) -> bool:
     value = val(node)
     return is_tensor(node) and value.dim() == 3 and value.dtype.is_floating_point
-
-
-def is_state(node: fx.Node) -> bool:
-    """Parameters and buffers: tensors that belong to a module."""
-    label = node.meta.get("label", "")
-    return node.meta.get("is_parameter", False) or "_parameters_" in label or "_buffers_" in label
 
 
 def _nodes_from_data(graph: fx.Graph) -> set[fx.Node]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .graph import requires_grad, val
-from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
+from .layout import POSITION, ROW, Dim, Sorted, TokenLayout, is_token_factor
 from .packed_graphs import PackedGraphs
 from .reasons import Unsupported
 
@@ -108,7 +108,8 @@ class _Checker(fx.Interpreter):
     def _compare(self, n: fx.Node, found: Any, layout: TokenLayout, original: Any) -> None:
         shape = []
         for dim, size in zip(layout.dims, layout.packed_shape(), strict=True):
-            plain = [f for f in dim if isinstance(f, int)]
+            factors = [g for f in dim for g in (f.factors if isinstance(f, Sorted) else (f,))]
+            plain = [f for f in factors if isinstance(f, int)]
             shape.append(TOKENS * torch.Size(plain).numel() if size == -1 else size)
         if list(found.shape) != shape or found.dtype != original.dtype:
             text = f"{n.target} gives {list(found.shape)} {found.dtype}, predicted {shape} {original.dtype}"

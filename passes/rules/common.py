@@ -21,6 +21,7 @@ from ..layout import (
     ROW,
     Dim,
     Selection,
+    Sorted,
     TokenLayout,
     is_plain_one,
     is_token_factor,
@@ -109,6 +110,7 @@ class Op:
 
 Rule = Callable[..., "Outcome | Unsupported"]
 RULES: dict[Any, Rule] = {}
+RULES_BY_NAME: dict[str, Rule] = {}  # of operators that another package defines when it is imported
 
 
 def register(rule: Rule, *packets: Any) -> None:
@@ -117,6 +119,12 @@ def register(rule: Rule, *packets: Any) -> None:
         overloads = [packet] if isinstance(packet, torch._ops.OpOverload) else overloads_of(packet)
         for overload in overloads:
             RULES[overload] = rule
+
+
+def register_named(rule: Rule, *names: str) -> None:
+    """Use `rule` for operators by their qualified names, such as "library::operator"."""
+    for name in names:
+        RULES_BY_NAME[name] = rule
 
 
 def overloads_of(packet: Any) -> Iterable[Any]:
@@ -144,7 +152,8 @@ def mixing(layout: TokenLayout, dims: Sequence[int], what: str) -> Unsupported:
     over = {f for d in dims for f in layout.dims[d] if is_token_factor(f)}
     if over == {ROW}:
         return refuse("row_mixing", f"{what} runs over the rows of the batch")
-    names = " and ".join({ROW: "rows", POSITION: "positions", KEY: "keys"}[f] for f in sorted(over))
+    words = {ROW: "rows", POSITION: "positions", KEY: "keys"}
+    names = " and ".join(sorted(words.get(f, "sorted tokens") for f in over))
     return refuse("token_mixing", f"{what} runs over the {names} of the batch")
 
 
@@ -184,6 +193,8 @@ def broadcast(operands: Sequence[Operand], rank: int | None = None) -> tuple[Tok
             continue
         if o.kind == WEIGHT:
             return refuse("row_layout", "a parameter is aligned with positions", operand=o.node)
+        if any(isinstance(f, Sorted) for dim in aligned for f in dim):
+            return refuse("token_mixing", "a column of the batch meets sorted tokens", operand=o.node)
         if not selection.is_whole:
             return refuse("token_mixing", "a column of the batch meets a slice of its tokens", operand=o.node)
         if is_per_row(aligned) and layout.has(POSITION):
@@ -266,6 +277,7 @@ __all__ = [
     "LATE",
     "PROLOGUE",
     "RULES",
+    "RULES_BY_NAME",
     "STREAM",
     "WEIGHT",
     "Op",
@@ -282,6 +294,7 @@ __all__ = [
     "plain",
     "refuse",
     "register",
+    "register_named",
     "same_selection",
     "same_size",
 ]

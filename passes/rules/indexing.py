@@ -13,6 +13,7 @@ from .common import (
     DENSE,
     PROLOGUE,
     STREAM,
+    WEIGHT,
     Op,
     Operand,
     Outcome,
@@ -103,9 +104,13 @@ def index_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome
     """`x[rows, positions]` with indices computed from inputs: one token per row, or several."""
     given = {i: index for i, index in enumerate(indices) if index is not None}
     if not isinstance(x, Operand) or x.kind != STREAM:
-        return refuse("unknown_op", "a table is indexed by values computed from tokens")
+        return _look_up(op, x, given)
     if any(o.kind not in (PROLOGUE, DENSE) or o.node.meta["val"].dtype == torch.bool for o in given.values()):
         return refuse("token_mixing", "an index computed from tokens, or a boolean mask, picks tokens")
+    if all(not x.tokens.is_token_dim(d) for d in given) and len(given) == 1:
+        ((dim, index),) = given.items()
+        dims = (*x.tokens.dims[:dim], *map(plain, index.shape), *x.tokens.dims[dim + 1 :])
+        return Outcome(x.tokens.with_dims(dims))
     if list(given) == [1] and x.tokens.dims[1] == (POSITION,) and len(given[1].shape) == 1:
         return _cut(op, x, 1, (1, given[1].node))
     if list(given) != [0, 1] or x.tokens.dims[:2] != ((ROW,), (POSITION,)):
@@ -124,6 +129,14 @@ def index_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome
         selection = op.select(old, key, op.shape[0], op.shape[1])
         return Outcome(type(x.tokens)(x.tokens.dims, selection), action="alias")
     return refuse("token_mixing", "an index with more than two dims picks tokens")
+
+
+def _look_up(op: Op, table: Operand, given: dict[int, Operand]) -> Outcome | Unsupported:
+    """`weight[index]`: an entry of a parameter for each token."""
+    index = given.get(0)
+    if table.kind != WEIGHT or len(given) != 1 or index is None or index.node.meta["val"].dtype == torch.bool:
+        return refuse("unknown_op", "a table is indexed by values computed from tokens")
+    return Outcome(index.tokens.with_dims((*index.tokens.dims, *map(plain, table.shape[1:]))))
 
 
 def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outcome | Unsupported:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..layout import KEY, POSITION, ROW, Dim, TokenLayout, plain
+from ..layout import KEY, POSITION, ROW, Dim, TokenLayout, is_token_factor, plain
 from ..reasons import Unsupported
 from .common import (
     STREAM,
@@ -74,7 +74,7 @@ def matmul_rule(op: Op, a: Operand, b: Operand, *_: Any) -> Outcome | Unsupporte
             )
         return Outcome(layout.with_dims((*layout.dims, rows, cols)), action="attention")
     for operand, inner in ((a, inner_a), (b, inner_b)):
-        if any(isinstance(f, str) for f in inner):
+        if any(is_token_factor(f) for f in inner):
             assert operand.layout is not None
             return mixing(
                 operand.layout, [operand.layout.rank + (-1 if operand is a else -2)], f"`{op.name}`"
@@ -131,22 +131,22 @@ def einsum_rule(op: Op, equation: str, tensors: list[Operand], **_: Any) -> Outc
                 if labels.setdefault(label, dim) != dim:
                     return refuse("token_mixing", f"einsum {equation!r} matches token dims with others")
     for label, dim in labels.items():
-        if any(isinstance(f, str) for f in dim) and label not in output:
+        if any(is_token_factor(f) for f in dim) and label not in output:
             return refuse("token_mixing", f"einsum {equation!r} sums over rows or positions")
     if any(t.tokens.selection is not streams[0].tokens.selection for t in streams):
         return refuse("token_mixing", "einsum of different tokens")
     for term, tensor in zip(terms, tensors, strict=True):
         if tensor.kind != STREAM:
-            if any(isinstance(f, str) for label in term for f in labels.get(label, ())):
+            if any(is_token_factor(f) for label in term for f in labels.get(label, ())):
                 return refuse("row_layout", f"einsum {equation!r} matches a constant with token dims")
             for label, size in zip(term, tensor.shape, strict=True):
                 labels.setdefault(label, plain(size))
     sized = zip(output, op.shape, strict=True)  # a plain label may have size 1 here and another size there
     dims = tuple(
-        labels[label] if any(isinstance(f, str) for f in labels[label]) else plain(size)
+        labels[label] if any(is_token_factor(f) for f in labels[label]) else plain(size)
         for label, size in sized
     )
-    token_labels = {label for label, dim in labels.items() if any(isinstance(f, str) for f in dim)}
+    token_labels = {label for label, dim in labels.items() if any(is_token_factor(f) for f in dim)}
     if len({f for label in token_labels for f in labels[label]}) != sum(
         len(labels[lb]) for lb in token_labels
     ):
@@ -209,8 +209,7 @@ register(einsum_rule, aten.einsum.default)
 register(sdpa_rule, aten.scaled_dot_product_attention.default)
 register(
     recurrent_rule, aten.conv1d, aten.conv2d, aten.convolution, aten._convolution, aten.lstm, aten.gru, aten.rnn_tanh,
-    aten.rnn_relu, aten.unfold, aten.im2col, aten.max_pool1d, aten.avg_pool1d, aten.scatter_add, aten.index_add,
-    aten.scatter_reduce, aten.scatter, aten.index_put, aten.index_copy, aten.searchsorted, aten.cdist, aten.cov,
+    aten.rnn_relu, aten.unfold, aten.im2col, aten.max_pool1d, aten.avg_pool1d, aten.index_put, aten.index_add, aten.index_copy, aten.searchsorted, aten.cdist, aten.cov,
     aten.corrcoef, aten.outer, aten.kron, aten.tril, aten.triu, aten.diagonal, aten.trace, aten.adaptive_avg_pool1d,
     aten.linalg_solve, aten.fft_fft, aten.fft_rfft, aten.fft_fft2, aten.fft_fftn, aten.stft,
 )  # fmt: skip

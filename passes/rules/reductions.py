@@ -62,12 +62,6 @@ def along_rule(op: Op, x: Operand, dim: int = -1, *_: Any, **__: Any) -> Outcome
     return Outcome((x.tokens,) * len(op.result) if many else x.tokens)
 
 
-def sort_stable_rule(
-    op: Op, x: Operand, stable: Any = None, dim: int = -1, *_: Any, **__: Any
-) -> Outcome | Unsupported:
-    return along_rule(op, x, dim)
-
-
 def roll_rule(op: Op, x: Operand, shifts: Any, dims: Any = ()) -> Outcome | Unsupported:
     return along_rule(op, x, dims)
 
@@ -141,7 +135,7 @@ register(
 register(
     full_reduction_rule, aten.sum.default, aten.mean.default, aten.max.default, aten.min.default, aten.any.default,
     aten.all.default, aten.prod.default, aten.norm.Scalar, aten.std.default, aten.var.default, aten.median.default,
-    aten.histc, aten.bincount, aten.unique_dim, aten._unique2, aten.nonzero, aten.item, aten._local_scalar_dense,
+    aten.bincount, aten.unique_dim, aten._unique2, aten.nonzero, aten.item, aten._local_scalar_dense,
 )  # fmt: skip
 register(
     norm_rule,
@@ -155,9 +149,8 @@ register(variance_rule, aten.var_mean.dim, aten.var_mean.correction)
 register(
     along_rule, aten.softmax, aten._softmax, aten._safe_softmax, aten.special_softmax, aten.log_softmax,
     aten._log_softmax, aten.special_log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax,
-    aten.cummin, aten.flip, aten.sort.default, aten.argsort.default,
+    aten.cummin, aten.flip,
 )  # fmt: skip
-register(sort_stable_rule, aten.sort.stable, aten.argsort.stable)
 register(roll_rule, aten.roll)
 register(topk_rule, aten.topk)
 register(layer_norm_rule, aten.layer_norm, aten.rms_norm, aten.native_layer_norm, aten._fused_rms_norm)

@@ -9,7 +9,7 @@ import torch
 
 from ..layout import POSITION, ROW, Dim, is_plain_one, is_token_factor, is_well_formed, plain, view_dims
 from ..reasons import Unsupported
-from .common import Op, Operand, Outcome, broadcast, mixing, operands_in, refuse, register, same_size
+from .common import WEIGHT, Op, Operand, Outcome, broadcast, mixing, operands_in, refuse, register, same_size
 
 aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def view_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported:
         return refuse(
             "token_mixing", f"`{op.name}` to {list(op.shape)} tears rows or positions of {x.tokens} apart"
         )
-    if any(not isinstance(f, (str, int)) for dim in dims for f in dim):
+    if any(not is_token_factor(f) and not isinstance(f, int) for dim in dims for f in dim):
         return refuse("size_as_number", f"`{op.name}` makes a plain dim whose size depends on the batch")
     return Outcome(x.tokens.with_dims(dims), action="reshape")
 
@@ -103,6 +103,9 @@ def expand_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported
 
 def expand_as_rule(op: Op, x: Operand, other: Operand) -> Outcome | Unsupported:
     """`other` gives its sizes only; a value computed from inputs alone would have to be expanded on the dense batch."""
+    if isinstance(x, Operand) and x.kind == WEIGHT and isinstance(other, Operand) and other.layout is not None:
+        found = broadcast([x, other])
+        return found if isinstance(found, Unsupported) else Outcome(found[0])
     if not isinstance(x, Operand) or x.layout is None:
         return refuse("row_layout", "a value without tokens is expanded to the shape of tokens")
     return expand_rule(op, x)
@@ -192,25 +195,29 @@ def unbind_rule(op: Op, x: Operand, dim: int = 0) -> Outcome | Unsupported:
 
 
 def repeat_rule(op: Op, x: Operand, repeats: Sequence[Any]) -> Outcome | Unsupported:
-    """repeat of plain dims only (`repeat_interleave` likewise, and `tile`, whose list may be shorter than the rank)."""
+    """repeat and tile: copies of a token dim get a factor of their own, outermost."""
     repeats = [1] * (x.tokens.rank - len(repeats)) + list(repeats)
     offset = len(repeats) - x.tokens.rank
     dims: list[Dim] = []
     for d, times in enumerate(repeats):
         dim = x.tokens.dims[d - offset] if d >= offset else ()
         if any(map(is_token_factor, dim)) and times != 1:
-            return refuse("row_mixing", f"`{op.name}` repeats rows or positions")
-        dims.append(dim if times == 1 else plain(op.shape[d]))
+            if not isinstance(times, int) or times < 1:
+                return refuse("size_as_number", f"`{op.name}` repeats tokens as often as the batch's size says")
+            dims.append((times, *dim))
+        else:
+            dims.append(dim if times == 1 else plain(op.shape[d]))
     return Outcome(x.tokens.with_dims(dims))
 
 
 def repeat_interleave_rule(
     op: Op, x: Operand, repeats: Any, dim: int | None = None, **_: Any
 ) -> Outcome | Unsupported:
-    if dim is None or not isinstance(repeats, int) or x.tokens.is_token_dim(dim):
-        return refuse("row_mixing", "repeat_interleave repeats rows or positions, or by a tensor of counts")
+    """Copies of a token dim, next to each other, get a factor of their own, innermost."""
+    if dim is None or not isinstance(repeats, int) or repeats < 1:
+        return refuse("row_mixing", "repeat_interleave of a whole tensor, or as often as the batch's size says")
     dims = list(x.tokens.dims)
-    dims[dim] = plain(op.shape[dim])
+    dims[dim] = (*dims[dim], *plain(repeats)) if x.tokens.is_token_dim(dim) else plain(op.shape[dim])
     return Outcome(x.tokens.with_dims(dims))
 
 
