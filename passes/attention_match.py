@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from .graph import aten, bound_args, node_arg, same_size, shape, val
-from .layout import KEY, is_token_factor
+from .layout import KEY, Dim, is_token_factor
+from .mask_expr import Const
 from .mask_formula import CAUSAL, MaskFormula, conjoin, read_additive, read_allowed, require_causal
+from .mask_reader import MaskReader
 from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import PROLOGUE
@@ -92,12 +94,8 @@ def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis)
         return Unsupported(
             "mask_not_understood", node, "the attention mask is computed from activations or parameters"
         )
-    if len(shape(mask)) > 2 and analysis.values[node_arg(node, 0)].layout.rank != 4:
-        return Unsupported(
-            "mask_not_understood", node, "a mask by row for attention whose rows aren't dim 0 of 4"
-        )
     read = read_allowed if val(mask).dtype == torch.bool else read_additive
-    return _causal(read(mask, alone=False), node, analysis)
+    return _causal(read(mask, alone=False, lead=_lead(node_arg(node, 0), analysis)), node, analysis)
 
 
 def _causal(
@@ -115,6 +113,8 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
     softmax = _skip_casts(node.args[0], analysis)
     if not isinstance(softmax, fx.Node) or softmax.target not in _SOFTMAX:
         return Unsupported("token_mixing", node, "weights over keys that aren't the result of a softmax")
+    if analysis.values[softmax].layout.dims[bound_args(softmax)[0][1]] != (KEY,):
+        return Unsupported("token_mixing", softmax, "a softmax over another dim than the keys")
     masks: list[MaskFormula] = []
     scale = 1.0
     scores: Any = softmax.args[0]
@@ -130,8 +130,8 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
         if isinstance(step, Unsupported):
             return step
         scores, factor, mask = step
-        if mask is not None and scale != 1.0 and not mask.minus_inf:
-            return Unsupported("finite_mask", node, "scores are scaled after a finite mask was added")
+        if mask is not None and scale != 1.0 and not (mask.minus_inf and scale > 0):
+            return Unsupported("finite_mask", node, "scores are scaled after they were masked")
         masks += [mask] if mask is not None else []
         scale *= factor
     formula = _causal(conjoin(*masks), node, analysis)
@@ -152,11 +152,16 @@ _CASTS = {
 }  # fmt: skip
 
 
+def _is_cast(node: fx.Node) -> bool:
+    """A cast between floating types, or a copy."""
+    return node.target in _CASTS and val(node).dtype.is_floating_point
+
+
 def _skip_casts(node: Any, analysis: Analysis) -> Any:
     """Through casts and inactive dropout (active dropout was refused by its rule, or is shared: not supported here)."""
     while isinstance(node, fx.Node):
         inactive = node.target is aten.dropout.default and not (node.args[1] and node.args[2])
-        if node.target not in _CASTS and not inactive:
+        if not _is_cast(node) and not inactive:
             break
         node = node.args[0]
     return node
@@ -166,7 +171,7 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
     """One operation between the scores and the softmax: `(its scores, its factor, its mask)`."""
     args, kwargs = bound_args(node)
     target = node.target
-    if target in _CASTS:
+    if _is_cast(node):
         return args[0], 1.0, None
     if target in (
         aten.mul.Tensor,
@@ -179,31 +184,18 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
         x, y = (
             args[:2] if _is_scores(args[0], analysis) else (args[1], args[0]) if is_mul else (args[0], None)
         )
-        number = _constant(y)
+        number = _constant(y, node)
         if number is not None:
             return x, number if is_mul else 1 / number, None
-    if target is aten.masked_fill.Scalar and _is_masked_value(args[2], node) is not None:
-        return _masked(
-            args[0],
-            read_allowed(args[1], negated=True, alone=False),
-            analysis,
-            args[1],
-            _is_masked_value(args[2], node),
-        )
-    if target is aten.masked_fill.Tensor and _is_masked_value(_constant(args[2]), node) is not None:
-        value = _is_masked_value(_constant(args[2]), node)
-        return _masked(args[0], read_allowed(args[1], negated=True, alone=False), analysis, args[1], value)
+    if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        value = _is_masked_value(args[2], node)
+        if value is not None:
+            return _masked(args[0], args[1], True, value, analysis)
     if target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         keeps = _is_scores(args[1], analysis)
-        value = _is_masked_value(_constant(args[2] if keeps else args[1]), node)
+        value = _is_masked_value(args[2] if keeps else args[1], node)
         if value is not None:
-            return _masked(
-                args[1] if keeps else args[2],
-                read_allowed(args[0], negated=not keeps, alone=False),
-                analysis,
-                args[0],
-                value,
-            )
+            return _masked(args[1] if keeps else args[2], args[0], not keeps, value, analysis)
     if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
         scores, mask = (args[0], args[1]) if _is_scores(args[0], analysis) else (args[1], args[0])
         if isinstance(mask, fx.Node):
@@ -213,7 +205,7 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
                     node,
                     "a bias computed from activations or parameters is added to the scores",
                 )
-            found = read_additive(mask, alone=False)
+            found = read_additive(mask, alone=False, lead=_lead(scores, analysis))
             return found if isinstance(found, Unsupported) else (scores, 1.0, found)
     return Unsupported("token_mixing", node, f"`{target}` between attention scores and softmax has no rule")
 
@@ -230,9 +222,8 @@ def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float
         )
     if beta == 0:
         return MaskFormula(), float(alpha)
-    heads = math.prod(_head_dims(args[1], analysis))
-    found = read_additive(args[0], alone=False, merged_heads=heads)
-    if isinstance(found, Unsupported) or (beta != 1 and not found.minus_inf):
+    found = read_additive(args[0], alone=False, lead=_lead(node, analysis))
+    if isinstance(found, Unsupported) or (beta != 1 and not (found.minus_inf and beta > 0)):
         return (
             found
             if isinstance(found, Unsupported)
@@ -241,20 +232,22 @@ def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float
     return found, float(alpha)
 
 
+def _lead(scores: fx.Node, analysis: Analysis) -> tuple[Dim, ...]:
+    """The dims of attention scores before those of queries and keys."""
+    return analysis.values[scores].layout.dims[:-2]
+
+
 def _masked(
-    scores: fx.Node,
-    formula: MaskFormula | Unsupported,
-    analysis: Analysis,
-    condition: Any,
-    minus_inf: bool | None,
+    scores: fx.Node, condition: Any, negated: bool, minus_inf: bool, analysis: Analysis
 ) -> tuple[fx.Node, float, MaskFormula | None] | Unsupported:
     if analysis.kind(condition) != PROLOGUE:
         return Unsupported(
             "mask_not_understood", condition, "the attention mask is computed from activations or parameters"
         )
+    formula = read_allowed(condition, negated=negated, alone=False, lead=_lead(scores, analysis))
     if isinstance(formula, Unsupported):
         return formula
-    return scores, 1.0, replace(formula, minus_inf=bool(minus_inf))
+    return scores, 1.0, replace(formula, minus_inf=minus_inf)
 
 
 def _is_scores(node: Any, analysis: Analysis) -> bool:
@@ -262,26 +255,20 @@ def _is_scores(node: Any, analysis: Analysis) -> bool:
     return value is not None and bool(value.layouts) and value.layout.has(KEY)
 
 
-def _constant(x: Any) -> float | None:
+def _constant(x: Any, user: fx.Node) -> float | None:
     """A number, or the constant that a node computes (`torch.tensor(-inf)`, `full([], v)`)."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
-    if isinstance(x, fx.Node):
-        if x.target in _CASTS or x.target in (aten.lift_fresh_copy.default, aten.detach.default):
-            return _constant(x.args[0])
-        if x.target in (aten.full.default, aten.scalar_tensor.default):
-            return _constant(x.args[-1] if x.target is aten.full.default else x.args[0])
-        if x.op == "get_attr":
-            tensor = getattr(x.graph.owning_module, str(x.target), None)
-            is_fake = isinstance(tensor, torch._subclasses.FakeTensor)
-            if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not is_fake:
-                return float(tensor)
-    return None
+    if not isinstance(x, fx.Node) or not isinstance(val(x), torch.Tensor):
+        return None
+    reader = MaskReader(user.graph)
+    found = reader.read_final(x).expr
+    return float(found.value) if isinstance(found, Const) and reader.stale is None else None
 
 
 def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
     """True for -inf, False for the lowest finite number of the scores' dtype, None for anything else (a bias)."""
-    number = _constant(value)
+    number = _constant(value, node)
     if number is None:
         return None
     if number == -math.inf:

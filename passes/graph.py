@@ -77,6 +77,9 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
     with fakes[0].fake_mode:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
+    if any(n.target in _AUTOCAST_SWITCHES for n in traced.graph.nodes):
+        with fakes[0].fake_mode, torch.set_grad_enabled(torch.is_grad_enabled()):
+            _Revalue(traced).run(*values)
     originals = (n for n in gm.graph.nodes if n.op == "placeholder")
     for node, original in zip(
         (n for n in traced.graph.nodes if n.op == "placeholder"), originals, strict=True
@@ -87,6 +90,16 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
         node.meta["label"] = original.name
         node.meta.setdefault("stack_trace", original.meta.get("stack_trace"))
     return traced
+
+
+class _Revalue(fx.Interpreter):
+    """Sets fake values anew: tracing writes autocast switches down without throwing them, so dtypes are those outside."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function" and not is_mode_switch(n):
+            n.meta["val"] = result
+        return result
 
 
 def val(node: Any) -> Any:
@@ -144,6 +157,9 @@ MODE_SWITCHES = {
     torch.amp.autocast_mode._enter_autocast,
     torch.amp.autocast_mode._exit_autocast,
 }
+
+
+_AUTOCAST_SWITCHES = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 
 
 def schema_of(node: fx.Node) -> torch.FunctionSchema | None:

@@ -26,7 +26,15 @@ from .padding import Guards
 from .propagate import NUMBER, Analysis, Value
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, STREAM, WEIGHT
-from .subgraph import drop_dead, live_nodes, module_of, order_placeholders, prologue_module, used_inputs
+from .subgraph import (
+    drop_dead,
+    live_nodes,
+    module_of,
+    order_placeholders,
+    prologue_module,
+    used_inputs,
+    views_of_shared_outputs,
+)
 from .unpack import gather_entries, label_loss, unpack_tokens
 
 
@@ -71,6 +79,7 @@ class Lowering:
         self.keys: dict[tuple[int, tuple[Dim, ...]], None] = {}
         self.columns: dict[Column, fx.Node] = {}
         self.position_is_key = False
+        self.shared_views = views_of_shared_outputs(gm.graph)
 
     def run(self) -> PackedGraphs | Unsupported:
         values = self.analysis.values
@@ -244,7 +253,7 @@ class Lowering:
             for group in (match.formula.key_valid, match.formula.same_value)
         ]
         if match.formula.data is not None:
-            columns[0] = [self._input(Input("data_mask", self.data_masks[match.formula.data]), "key_valid")]
+            columns[0].append(self._input(Input("data_mask", self.data_masks[match.formula.data]), "key_valid"))
         dtype = val(node).dtype  # autocast converts the arguments of attention, but not of our operator
         call = self.packed.call_function(
             torch.ops.pgcompile.prefix_attention.default,
@@ -294,6 +303,8 @@ class Lowering:
             found: Any = self._late_input("argument", self.placeholders[node])
         elif kind in (PROLOGUE, NUMBER):
             found = self._late_input("prologue", self._result(node))
+        elif kind == STREAM and node in self.shared_views:
+            found = self.late.node_copy(node, self._in_late)  # of the unpacked base: outputs that share memory still do
         elif kind == STREAM:
             layout = self.analysis.values[node].layout
             found = self.late.call_function(
@@ -356,6 +367,8 @@ class Lowering:
         """Log-probabilities are packed; the label's entries are gathered; the reduction runs as written."""
         x, target, weight, reduction, ignore_index, *smoothing = bound_args(node)[0]
         layout, logs, smooth = outcome.layout, self._in_packed(x), None
+        if val(x).dtype != val(node).dtype:  # autocast computes the loss in float32
+            logs = self.packed.call_function(aten.to.dtype, (logs, val(node).dtype))
         if outcome.action == "cross_entropy_loss":
             logs = self.packed.call_function(aten.log_softmax.int, (logs, -1))
         if smoothing and smoothing[0]:
@@ -467,9 +480,8 @@ class Lowering:
         )
 
     def _valid_keys(self, match: AttentionMatch) -> tuple[int, ...]:
-        if match.formula.data is not None:
-            return (-1 - self.data_masks[match.formula.data],)
-        return tuple(self._result(self.columns[c]) for c in match.formula.key_valid)
+        data = () if match.formula.data is None else (-1 - self.data_masks[match.formula.data],)
+        return (*(self._result(self.columns[c]) for c in match.formula.key_valid), *data)
 
 
 LOWERINGS: dict[str, Callable[[Lowering, fx.Node, Any], fx.Node]] = {

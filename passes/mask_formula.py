@@ -12,13 +12,16 @@ What can't be named is a reason to fall back, except a mask that is *data* (the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from . import layout
 from .graph import same_size
+from .layout import Dim
 from .mask_expr import (
     FALSE,
     OPS,
@@ -144,7 +147,7 @@ def require_causal(formula: MaskFormula | Unsupported, node: fx.Node) -> MaskFor
 
 
 def read_allowed(
-    node: fx.Node, negated: bool = False, *, alone: bool = True, merged_heads: int | None = None
+    node: fx.Node, negated: bool = False, *, alone: bool = True, lead: Sequence[Dim] | None = None
 ) -> MaskFormula | Unsupported:
     """Read a boolean mask.
 
@@ -154,28 +157,28 @@ def read_allowed(
         negated: true where it may *not*, as for `masked_fill`.
         alone: no other mask applies, so that this one has to be causal. Otherwise `conjoin` it with the others
             and call `require_causal`.
-        merged_heads: for scores `[N·H, Q, K]` instead, rows outermost: the number of heads, H.
+        lead: the dims of the scores before queries and keys, if they aren't rows and heads.
     """
     reader = MaskReader(node.graph)
-    read = _read_mask(reader, node, merged_heads)
+    read = _read_mask(reader, node, lead)
     if isinstance(read, Unsupported):
         return read
     if read.dtype != torch.bool:
         return _unclear(node, f"a mask of dtype {read.dtype} is no condition")
-    data = MaskFormula(data=node, data_negated=negated)
-    return _formula(reader, negate(read) if negated else read, data, alone)
+    data = _as_data(MaskFormula(data=node, data_negated=negated), node, lead)
+    return _formula(reader, node, negate(read) if negated else read, data, alone)
 
 
 def read_additive(
-    node: fx.Node, *, alone: bool = True, merged_heads: int | None = None
+    node: fx.Node, *, alone: bool = True, lead: Sequence[Dim] | None = None
 ) -> MaskFormula | Unsupported:
     """Read a float mask that is added to the scores: 0 where allowed, -inf or its dtype's `finfo.min` where not.
 
     Args:
-        node, alone, merged_heads: as for `read_allowed`.
+        node, alone, lead: as for `read_allowed`.
     """
     reader = MaskReader(node.graph)
-    read = _read_mask(reader, node, merged_heads)
+    read = _read_mask(reader, node, lead)
     if isinstance(read, Unsupported):
         return read
     if not read.dtype.is_floating_point:
@@ -186,7 +189,7 @@ def read_additive(
     if finite:
         found = f"the mask adds {finite[0]} to scores, which is neither 0, -inf nor the lowest {read.dtype}"
         return Unsupported("finite_mask", node, found, "mask with torch.finfo(dtype).min or -inf")
-    data = MaskFormula(data=node, data_additive=True, minus_inf=False)
+    data = _as_data(MaskFormula(data=node, data_additive=True, minus_inf=False), node, lead)
     biases = [v for v in values if not isinstance(v, Const)]
     if biases:
         # numbers read per key or pair can only be checked as data; numbers per query or position are a bias (ALiBi)
@@ -197,7 +200,7 @@ def read_additive(
             else _unclear(node, "numbers that depend on query and key are added to the scores")
         )
     minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
-    return _formula(reader, _unmasked(read), data, alone, minus_inf)
+    return _formula(reader, node, _unmasked(read), data, alone, minus_inf)
 
 
 def _unmasked(expr: Expr) -> Expr:
@@ -208,18 +211,27 @@ def _unmasked(expr: Expr) -> Expr:
     return where(expr.args[0], *map(_unmasked, expr.args[1:]))
 
 
-def _read_mask(reader: MaskReader, node: fx.Node, merged_heads: int | None) -> Expr | Unsupported:
+def _read_mask(reader: MaskReader, node: fx.Node, lead: Sequence[Dim] | None) -> Expr | Unsupported:
     """The element of a mask at `(n, q, k)`; where a dim has size one, the mask doesn't depend on its index."""
     shape = node.meta["val"].shape
     rank = len(shape)
-    if rank < 2 or (merged_heads is not None and rank > 3):
-        return _unclear(node, f"a mask of rank {rank}")
-    # indices from 4 on: the other dims of grouped heads
-    places = list(map(Affine.dim, [N, H, *range(4, rank), Q, K][-rank:]))
+    if lead is None:
+        lead = ((layout.ROW,), *[(2,)] * max(1, rank - 3))
+    if rank < 2 or rank > len(lead) + 2:
+        return _unclear(node, f"a mask of rank {rank} for scores of rank {len(lead) + 2}")
     sizes: dict[int, int] = {}
-    if merged_heads is not None and rank == 3:
-        places[0] = Affine.dim(N) * merged_heads + (Affine() if is_one(merged_heads) else Affine.dim(H))
-        sizes = {H: merged_heads}
+    places: list[Affine] = []
+    for i, dim in enumerate(lead):
+        heads = math.prod(f for f in dim if not layout.is_token_factor(f))
+        if not any(map(layout.is_token_factor, dim)):
+            places.append(Affine.dim(4 + i))  # a fresh index: heads, or a part of them
+        elif dim[0] != layout.ROW or any(map(layout.is_token_factor, dim[1:])):
+            return _unclear(node, "a mask for scores whose rows aren't the outermost part of a dim")
+        else:
+            merged = Affine.dim(N) * heads + Affine.dim(H)
+            places.append(Affine.dim(N) if is_one(heads) else merged)
+            sizes |= {} if is_one(heads) else {H: heads}
+    places = [*places, Affine.dim(Q), Affine.dim(K)][len(lead) + 2 - rank :]
     mapping = {d: Affine() if is_one(size) else places[d] for d, size in enumerate(shape)}
     expr = substitute(reader.read_final(node).expr, mapping, sizes)
     if reader.stale is not None:
@@ -228,14 +240,17 @@ def _read_mask(reader: MaskReader, node: fx.Node, merged_heads: int | None) -> E
 
 
 def _formula(
-    reader: MaskReader, allowed: Expr, data: MaskFormula, alone: bool, minus_inf: bool = True
+    reader: MaskReader,
+    node: fx.Node,
+    allowed: Expr,
+    data: MaskFormula | Unsupported,
+    alone: bool,
+    minus_inf: bool = True,
 ) -> MaskFormula | Unsupported:
-    """Name the terms of a condition; if one of them is data, the whole mask `data.data` is."""
-    node = data.data
-    assert node is not None  # every mask may turn out to be data
+    """Name the terms of a condition; if one of them is data, the whole mask is `data`."""
     terms = conjuncts(allowed)
     if any(_reads_pairs(term) for term in terms):
-        return _as_data(data)
+        return data
     atoms = []
     for term in _by_index(reader, terms):
         atom = _atom(term, node)
@@ -246,10 +261,15 @@ def _formula(
     return require_causal(formula, node) if alone else formula
 
 
-def _as_data(data: MaskFormula) -> MaskFormula | Unsupported:
+def _as_data(data: MaskFormula, node: fx.Node, lead: Sequence[Dim] | None) -> MaskFormula | Unsupported:
     """Only masks that broadcast to `[N, H, Q, K]` can be checked at each call."""
-    rank = data.data.meta["val"].dim() if data.data is not None else 0
-    return data if rank <= 4 else _unclear(data.data, f"a mask of rank {rank} that is data")
+    shape = node.meta["val"].shape
+    rows_then_heads = lead is None or (
+        len(lead) == 2 and lead[0] == (layout.ROW,) and not any(map(layout.is_token_factor, lead[1]))
+    )
+    if len(shape) > 4 or not (rows_then_heads or all(is_one(size) for size in shape[:-2])):
+        return _unclear(node, "a mask that is data, for scores that aren't [rows, heads, queries, keys]")
+    return data
 
 
 def _reads_queries(expr: Expr) -> bool:

@@ -253,7 +253,10 @@ class _Walk:
         if node.op == "placeholder":
             outcome = Outcome(layout, {node: layout.dims}, action="column")
             return Value(STREAM, (layout,), outcome)
-        _, index, _, scale_by_freq, sparse = bound_args(node)[0]
+        weight, index, _, scale_by_freq, sparse = bound_args(node)[0]
+        if self.out.kind(weight) not in (WEIGHT, PROLOGUE):
+            reason = Unsupported("token_mixing", node, "ids are looked up in a table that is computed from tokens")
+            return Value(LATE, reason=reason)
         if scale_by_freq or sparse:
             hint = "turn scale_grad_by_freq and sparse off"
             return Value(

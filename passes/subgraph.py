@@ -19,6 +19,18 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return _ancestors([graph.output_node()])
 
 
+def views_of_shared_outputs(graph: fx.Graph) -> set[fx.Node]:
+    """The views between outputs that share memory and what they look into."""
+    outputs = [n for n in graph.output_node().all_input_nodes if is_tensor(n)]
+    bases = [base_of(n) for n in outputs]
+    found: set[fx.Node] = set()
+    for node, base in zip(outputs, bases, strict=True):
+        while bases.count(base) > 1 and node is not base and node.op == "call_function":
+            found.add(node)
+            node = next(n for n in node.all_input_nodes if base_of(n) is base)
+    return found
+
+
 def module_of(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     constants = {str(n.target): getattr(gm, str(n.target)) for n in graph.find_nodes(op="get_attr")}
     graph.lint()
@@ -55,6 +67,9 @@ def prologue_module(
     stray = [n for n in wanted if n.op == "call_function" and analysis.kind(n) != PROLOGUE]
     if stray:
         return Unsupported("internal_error", stray[0], "the prologue depends on tokens")
+    for node in wanted:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_inactive_dropout(node):
+            return Unsupported("randomness", node, f"`{node.target}` draws random numbers before the batch is planned")
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
@@ -63,6 +78,10 @@ def prologue_module(
     graph.output(tuple(env[node] for node in results))
     drop_dead(graph)
     return module_of(gm, graph)
+
+
+def _is_inactive_dropout(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.dropout.default and not (node.args[1] and node.args[2])
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -73,14 +73,15 @@ def label_loss(
     index = flat_map(token_map, dims)
     kept = target != ignore_index
     label = torch.where(kept, target, 0)
-    weights = kept.to(log_probs.dtype) if weight is None else torch.where(kept, weight[label], 0)
+    weights = kept.to(log_probs.dtype) if weight is None else torch.where(kept, weight[label].to(log_probs.dtype), 0)
     packed = tokens_first(log_probs, dims)
     loss = -torch.ops.pgcompile.gather_entries(packed, index, label[:, None])[:, 0] * weights
-    total = weights.sum()
     if smooth is not None:
         classes = packed.shape[-1]
         smoothed = torch.where(kept, -torch.ops.pgcompile.gather_tokens(smooth.reshape(-1), index), 0)
         loss = (1 - label_smoothing) * loss + label_smoothing / classes * smoothed
     if reduction == 0:
         return loss
-    return loss.sum() if reduction == 2 else loss.sum() / total
+    wide = torch.float32 if loss.dtype in (torch.float16, torch.bfloat16) else loss.dtype
+    total = loss.sum(dtype=wide)
+    return (total if reduction == 2 else total / weights.sum(dtype=wide)).to(loss.dtype)

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .cost import MIN_SAVING, Cost, count_work
 from .engines.choose import choose
-from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of, modes
+from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
+from .modes import GlobalModes, modes
 from .options import Options
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.layout import POSITION, ROW, Dim
@@ -121,6 +122,7 @@ class PackedCall:
 
     def __call__(self, *args: Any) -> Any:
         report = BatchReport()
+        modes = GlobalModes()
         try:
             results, plan = self._plan(args, report)
             call, inputs = self._prepare(args, results, plan)
@@ -134,6 +136,7 @@ class PackedCall:
             outputs = self._late(args, results, packed, plan)
         except Exception as error:
             _pass_through(error)
+            modes.restore()  # the graph may have stopped between two switches
             return self._run_dense(args, report, "engine_error", f"{type(error).__name__}: {error}", error)
         report.decision = "packed"
         self._collect(report)

@@ -25,6 +25,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from . import stats
+from .modes import modes
 from .options import Options
 from .passes.packed_graphs import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
@@ -208,19 +209,6 @@ def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
         else repr(x)
         for x in inputs
     )
-
-
-def modes() -> tuple[Any, ...]:
-    """What the inner compiler bakes in: grad mode, autocast, determinism."""
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device))
-        for device in ("cpu", "cuda")
-        if torch.is_autocast_enabled(device)
-    )
-    return (
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast,
-        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
-    )  # fmt: skip
 
 
 class DenseGraph:

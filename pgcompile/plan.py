@@ -172,7 +172,7 @@ def _key_columns(
         value = rows_first(results[index].detach(), dims, n, s)
         if results[index].requires_grad:
             columns.append(torch.arange(n, device=device)[:, None].expand(n, s))
-        elif value[0, 0].numel() == 1:
+        elif value[0, 0].numel() == 1 and not value.is_complex():
             columns.append(_bits(value.reshape(n, s)))
         else:
             wide.append(value.reshape(n, s, -1))
@@ -290,6 +290,10 @@ def _refuse_fully_masked(graphs: PackedGraphs, valid: list[Tensor], plan: Plan) 
         hole = kept & ~keys
         if not bool(hole.any()):
             continue
+        if match.formula.same_value:
+            raise DenseCall(
+                "fully_masked_query", "a masked token that isn't dropped may have nothing to attend to in its part of the row"
+            )
         seen = (keys & kept).cumsum(1)
         window = match.formula.window
         if window is not None:

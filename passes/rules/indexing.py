@@ -46,9 +46,9 @@ def narrow_rule(op: Op, x: Operand, dim: int, start: Any, length: Any) -> Outcom
 
 
 def index_select_rule(op: Op, x: Operand, dim: int, index: Operand) -> Outcome | Unsupported:
-    dim %= x.tokens.rank
     if index.kind == STREAM:
         return refuse("token_mixing", "an index computed from tokens picks along a dim")
+    dim %= x.tokens.rank
     if x.tokens.is_token_dim(dim):
         return _cut(op, x, dim, (dim, index.node))
     dims = list(x.tokens.dims)
@@ -177,9 +177,13 @@ def has_one_wide_dim(x: Operand) -> bool:
 
 
 def embedding_rule(
-    op: Op, weight: Operand, index: Operand, padding_idx: int = -1, *_: Any
-) -> Outcome | Unsupported:
+    op: Op, weight: Operand, index: Operand, padding_idx: int = -1, scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Outcome | Unsupported:  # fmt: skip
     """A lookup by integers that were computed from tokens."""
+    if scale_grad_by_freq or sparse:
+        hint = "turn scale_grad_by_freq and sparse off"
+        return refuse("embedding_gradient", "the gradient counts how often a token occurs", hint)
     if not isinstance(index, Operand) or index.kind != STREAM or weight.kind == STREAM:
         return refuse("unknown_op", "an embedding whose table is computed from tokens")
     return Outcome(index.tokens.with_dims((*index.tokens.dims, plain(op.shape[-1]))))

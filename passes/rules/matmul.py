@@ -162,6 +162,8 @@ def sdpa_rule(
     if not all(isinstance(o, Operand) and o.kind == STREAM for o in (q, k, v)):
         return refuse("token_mixing", "attention between tokens and something that isn't computed from them")
     if q.tokens.dims[-2] != (POSITION,):
+        if dropout_p and op.dropout != "shared":
+            return refuse("randomness", f"attention dropout with p={dropout_p}", "set it to 0 or call model.eval()")
         return _token_local_attention(op, q, k, v, mask)
     if k.tokens.dims[-2] != (POSITION,) or v.tokens.dims[-2] != (POSITION,):
         return refuse("token_mixing", "attention whose keys aren't the positions of the queries")
@@ -170,8 +172,15 @@ def sdpa_rule(
             return refuse("row_mixing", f"attention over the layout {o.tokens}: rows are not its batch dim")
         if not o.tokens.selection.is_whole:
             return refuse("token_mixing", "attention over a slice of the tokens")
+    for o in (k, v):  # heads may be grouped or broadcast, rows have to stand where those of the queries do
+        if [_tokens(d) for d in o.tokens.dims[:-2]] != [_tokens(d) for d in q.tokens.dims[:-2]]:
+            return refuse("row_layout", f"attention between the layouts {q.tokens} and {o.tokens}")
     dims = (*q.tokens.dims[:-1], v.tokens.dims[-1])
     return Outcome(q.tokens.with_dims(dims), action="attention")
+
+
+def _tokens(dim: Dim) -> Dim:
+    return tuple(filter(is_token_factor, dim))
 
 
 def _leads_with_row(layout: TokenLayout) -> bool:

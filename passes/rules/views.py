@@ -123,7 +123,8 @@ def cat_rule(op: Op, tensors: Sequence[Operand], dim: int = 0) -> Outcome | Unsu
     """
     tensors = [t for t in operands_in(tensors) if tuple(t.shape) != (0,)]
     if len(tensors) == 1:
-        return Outcome(tensors[0].tokens, action="alias", detail=tensors[0].node)
+        same = tensors[0].node.meta["val"].dtype == op.result.dtype  # else the empty one's dtype still counts
+        return Outcome(tensors[0].tokens, action="alias" if same else "emit", detail=tensors[0].node)
     streams = [t for t in operands_in(tensors) if t.layout is not None]
     rank = streams[0].tokens.rank
     dim %= rank
