@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, call, is_mode_switch, is_tensor, is_view, mutated_args, same_size, shape, val
+from .graph import aten, bound_args, call, is_fresh_item, is_mode_switch, is_tensor, is_view, mutated_args, same_size, shape, val
 from .seeds import nodes_from_inputs_alone
 
 
@@ -63,7 +63,7 @@ class _Write:
 
     def _is_private(self, base: fx.Node, through_views: bool) -> bool:
         """May nobody else see the write: is the base made here, and are all later looks into it understood?"""
-        if base.op != "call_function" or mutated_args(base) or (is_view(base) and not _is_fresh_item(base)):
+        if base.op != "call_function" or mutated_args(base) or (is_view(base) and not is_fresh_item(base)):
             return False
         aliases = self._aliases(base)
         if aliases is None:
@@ -163,7 +163,7 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 def _views_to_base(node: fx.Node) -> list[fx.Node] | None:
     """`[node, its parent, …, base]`, or None if one of the views on the way can't be undone."""
     chain = [node]
-    while is_view(chain[-1]) and chain[-1].op == "call_function" and not _is_fresh_item(chain[-1]):
+    while is_view(chain[-1]) and chain[-1].op == "call_function" and not is_fresh_item(chain[-1]):
         if not _kind(chain[-1]):
             return None
         parent = chain[-1].args[0]
@@ -173,18 +173,6 @@ def _views_to_base(node: fx.Node) -> list[fx.Node] | None:
         assert isinstance(parent, fx.Node)
         chain.append(parent)
     return chain
-
-
-def _is_fresh_item(node: fx.Node) -> bool:
-    """One of several results of an operation that returns new tensors, such as topk."""
-    source = node.args[0] if node.args else None
-    return (
-        node.op == "call_function"
-        and not hasattr(node.target, "_schema")
-        and isinstance(source, fx.Node)
-        and source.op == "call_function"
-        and not is_view(source)
-    )
 
 
 def _kind(node: fx.Node) -> str:

@@ -234,11 +234,23 @@ def _is_permuted(value: torch.Tensor) -> bool:
     return any(statically_known_true(a < b) for a, b in itertools.pairwise(wide))
 
 
+def is_fresh_item(node: fx.Node) -> bool:
+    """One of several results of an operation that returns new tensors, such as topk."""
+    source = node.args[0] if node.args else None
+    return (
+        node.op == "call_function"
+        and not hasattr(node.target, "_schema")
+        and isinstance(source, fx.Node)
+        and source.op == "call_function"
+        and not is_view(source)
+    )
+
+
 def base_of(node: fx.Node) -> fx.Node:
     """The tensor whose memory a chain of views and in-place operations looks into."""
     while node.op == "call_function":
         written = mutated_args(node)
-        if not written and not is_view(node):
+        if not written and (not is_view(node) or is_fresh_item(node)):
             break
         sources = written or [
             n for n in node.all_input_nodes if is_tensor(n) or not isinstance(val(n), (int, torch.SymInt))

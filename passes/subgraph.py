@@ -25,7 +25,7 @@ def views_of_shared_outputs(graph: fx.Graph) -> set[fx.Node]:
     bases = [base_of(n) for n in outputs]
     found: set[fx.Node] = set()
     for node, base in zip(outputs, bases, strict=True):
-        while bases.count(base) > 1 and node is not base and node.op == "call_function":
+        while bases.count(base) > 1 and node is not base and base.op == "call_function":
             found.add(node)
             node = next(n for n in node.all_input_nodes if base_of(n) is base)
     return found

@@ -8,6 +8,7 @@ sizes of the batch can be written; `call(...)` nests another operation. `tests/t
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -437,13 +438,11 @@ packs(aten.tile.default, stream("N", "S", 3, 4), [2, 1])
 packs(aten.repeat.default, stream("N", 1, "S", 4), [1, 3, 1, 1])
 for dims in (("N", "S", 6), ("S", "N", 6)):
     for times in ([2, 1, 1], [1, 2, 1], [4, 2, 1, 1]):
-        refuses(aten.repeat.default, stream(*dims), times, conservative=MORE)
-refuses(aten.tile.default, stream(6, "N", "S"), [2], conservative=MORE)
-for dims, d, verdict in each_dim():
-    if verdict is packs:
-        packs(aten.repeat_interleave.self_int, stream(*dims), 2, d)
-    else:
-        refuses(aten.repeat_interleave.self_int, stream(*dims), 2, d, conservative=MORE)
+        packs(aten.repeat.default, stream(*dims), times)
+packs(aten.tile.default, stream(6, "N", "S"), [2])
+for dims, d, _ in each_dim():
+    packs(aten.repeat_interleave.self_int, stream(*dims), 2, d)
+packs(aten.expand_as.default, weight(6), stream("N", "S", 6))
 refuses(aten.repeat_interleave.self_int, stream("N", "S", 6), 2, conservative="flattens")
 
 # -- indexing.py -------------------------------------------------------------------------------------------------------
@@ -513,6 +512,9 @@ packs(
 packs(aten.index.Tensor, stream("N", "S", 6), [data(7, **rows), data(7, **places)], late=True)
 packs(aten.index.Tensor, stream("N", "S", 6), [data(3, 1, **rows), data(2, **places)], late=True)
 packs(aten.index.Tensor, stream("N", "S", 6), [None, data(2, **places)], late=True)
+packs(aten.index.Tensor, stream("N", 6, "S"), [None, data(2, high=6, **ints)])
+packs(aten.index.Tensor, weight(4, 3), [stream("N", "S", **ints)])
+packs(aten.index.Tensor, weight(4), [stream("N*S", **ints)])
 packs(aten.index.Tensor, stream("N", "S"), [data(7, **rows), data(7, **places)], late=True)
 refuses(aten.index.Tensor, stream("N", "S", 6), [data(7, **rows), data(7, **places)])
 refuses(aten.index.Tensor, stream("N", "S", 6), [data(2, **rows)], late=True, conservative="has no lowering")
@@ -612,7 +614,86 @@ for op in (aten.any.dims, aten.all.dims, aten.count_nonzero.dim_IntList):
 for op in (aten.any.dim, aten.all.dim):
     packs(op, stream("N", 6, "S", **bools), 1)
     refuses(op, stream("N", 6, "S", **bools), 2, conservative="one value rarely decides")
+
+# -- routing.py --------------------------------------------------------------------------------------------------------
+
+
+def sorted_by(keys: Tensor, *args: Any, op: Any = aten.sort.default, **kwargs: Any) -> tuple[Call, Call]:
+    """Values and permutation."""
+    both = call(op, keys, *args, **kwargs)
+    return call(operator.getitem, both, 0), call(operator.getitem, both, 1)
+
+
+def indexed(x: Any, index: Any) -> Call:
+    return call(aten.index.Tensor, x, [index])
+
+
+for dims in ("N*S", "S*N", "N*S*2", "2*N*S"):
+    keys = stream(dims, high=3, **ints)
+    values, permutation = sorted_by(keys)
+    inverse = call(aten.argsort.default, permutation)
+    packs(aten.index.Tensor, indexed(stream(dims, 6), permutation), [inverse])
+    packs(aten.index.Tensor, call(aten.mul.Tensor, indexed(stream(dims), permutation), values), [inverse])
+    packs(aten.index_select.default, call(aten.index_select.default, stream(dims, 6), 0, permutation), 0, inverse)
+keys, tokens = stream("N*S*2", high=3, **ints), stream("N*S", 6)
+values, permutation = sorted_by(keys)
+of_token = call(aten.floor_divide.default, permutation, 2)
+count = call(aten.arange.default, lambda n, s: n * s * 2)
+numbered = call(aten.index_put.default, call(aten.empty_like.default, permutation), [permutation], count)
+scattered = call(aten.scatter.src, call(aten.empty_like.default, permutation), 0, permutation, count)
+for inverse in (numbered, scattered, call(aten.argsort.default, permutation)):
+    packs(aten.index.Tensor, indexed(tokens, of_token), [inverse])
+packs(aten.index.Tensor, indexed(tokens, call(aten.div.Tensor_mode, permutation, 2, rounding_mode="floor")), [numbered])
+packs(aten.index.Tensor, indexed(tokens, call(aten.to.dtype, of_token, torch.int64)), [numbered])
+packs(aten.index_add.default, stream("N*S", 6, **ints), 0, of_token, indexed(stream("N*S*2", 6, **ints), permutation))
+_, by_argsort = keys, call(aten.argsort.default, keys, -1, True)
+packs(aten.index.Tensor, indexed(tokens, call(aten.floor_divide.default, by_argsort, 2)),
+      [call(aten.argsort.default, by_argsort)])  # fmt: skip
+# of other entries, by another sort, or divided by something else than the entries of a token
+_, other = sorted_by(stream("N*S*2", high=3, **ints))
+refuses(aten.index.Tensor, indexed(stream("N*S*2", 6), permutation), [call(aten.argsort.default, other)])
+refuses(aten.index.Tensor, indexed(stream("S*N*2", 6), permutation), [numbered], conservative="undone in the end")
+refuses(aten.index.Tensor, indexed(tokens, call(aten.floor_divide.default, permutation, 3)), [numbered])
+refuses(aten.index.Tensor, indexed(stream("N*S*2", 6), permutation), [permutation])
+refuses(aten.index.Tensor, stream("N*S*2", 6), [call(aten.argsort.default, permutation, -1, True)])
+refuses(aten.index_add.default, stream("N*S", 6), 0, of_token, stream("N*S*2", 6))
+refuses(aten.index.Tensor, call(aten.cumsum.default, indexed(stream("N*S*2", 6), permutation), 0), [numbered])
+twice = call(aten.mul.Tensor, indexed(stream("N*S*2"), permutation), stream("N*S*2"))
+refuses(aten.index.Tensor, twice, [numbered])
+# numbers of entries are no values
+refuses(aten.mul.Tensor, permutation, 2)
+refuses(aten.add.Tensor, numbered, numbered)
+refuses(aten.index.Tensor, indexed(stream("N*S*2", 6), call(aten.bitwise_xor.Scalar, permutation, 1)), [numbered],
+        conservative="no rule")  # fmt: skip
 refuses(aten.histc.default, stream("N*S"), 4)
+refuses(aten.histc.default, indexed(stream("N*S*2"), permutation), 3, 0, 2)
+refuses(aten.cumsum.default, permutation, 0)
+
+# -- writes.py ---------------------------------------------------------------------------------------------------------
+
+for dims, d, verdict in each_dim():
+    if verdict is packs:
+        packs(aten.slice_scatter.default, stream(*dims), stream(*dims), d)
+    else:
+        refuses(aten.slice_scatter.default, stream(*dims), stream(*dims), d, conservative="writes over everything")
+    verdict(aten.scatter.value, stream(*dims), d, stream(*dims, high=1, **ints), 2.0)
+for dims in (("N", "S", 6), ("S", "N", 6), ("N*S", 6), ("N", 3, "S", 6)):
+    part, index = (*dims[:-1], 2), stream(*dims[:-1], 2, high=6, **ints)
+    packs(aten.slice_scatter.default, stream(*dims), stream(*part), -1, 3, 5)
+    packs(aten.slice_scatter.default, column(*dims), stream(*part), -1, 0, 4, 2)
+    packs(aten.slice_scatter.default, stream(*dims), column(*part), -1, 3, 5)
+    packs(aten.scatter.src, stream(*dims), -1, index, stream(*part))
+    packs(aten.scatter_add.default, column(*dims), -1, index, stream(*part))
+    packs(aten.scatter_reduce.two, stream(*dims), -1, index, stream(*part), "amax")
+    packs(aten.select_scatter.default, stream(*dims), stream(*dims[:-1]), -1, 3)
+    packs(aten.select_scatter.default, stream(*dims), column(*dims[:-1]), -1, 3)
+    refuses(aten.select_scatter.default, weight(lambda n, s: n * s, 6), stream("N*S"), 1, 2, conservative="not sliced")
+refuses(aten.select_scatter.default, stream("N", "S", 6), stream("N", 6), 1, 2)
+refuses(aten.slice_scatter.default, stream("N", "S", 6), stream("N", 2, 6), 1, 1, 3, sizes=((4, 5),))
+refuses(aten.scatter.src, stream("N", 4, 6), 2, stream("N", "S", 2, high=6, **ints), stream("N", "S", 2), sizes=((4, 4),))
+
+# -- reductions.py, once more ------------------------------------------------------------------------------------------
+
 refuses(aten.norm.Scalar, stream("N", "S", 6))
 packs(aten.norm.ScalarOpt_dim, stream("N", "S", 6), 2, [-1], True)
 packs(aten.linalg_norm.default, stream("N", "S", 3, 4), None, [2, 3])
