@@ -134,7 +134,7 @@ def check(build, words, mode="fake", inputs=tokens, negated=False, shapes=((3, 7
         given = inputs(rows, length, seed + 1)
         values = Recorder(gm).record(*given)
         expected = is_allowed(build(*given)) != negated
-        assert_same(evaluate(formula, values, rows, length), expected, "merged_heads" in options)
+        assert_same(evaluate(formula, values, rows, length), expected, "lead" in options)
         check_emitted(gm, formula, given, rows, length)
     return formula
 
@@ -577,16 +577,16 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 @pytest.mark.parametrize("rows, length", [(3, 7), (4, 4), (1, 4), (1, 6)])
 def test_rows_and_heads_in_one_dim(name, rows, length, mode):
-    check(MERGED[name], "causal ∧ key_padding(p_1)", mode, shapes=[(rows, length)], merged_heads=4)
+    check(MERGED[name], "causal ∧ key_padding(p_1)", mode, shapes=[(rows, length)], lead=[("N", 4)])
 
 
 @both_modes
 def test_masks_that_broadcast_over_rows_and_heads(mode):
-    check(lambda p, s, x: causal(p), "causal", mode, merged_heads=4)
-    check(lambda p, s, x: causal(p)[None], "causal", mode, merged_heads=4)
-    check(lambda p, s, x: causal(p) & p.bool()[:, None], "causal ∧ key_padding(p_1)", mode, merged_heads=1)
+    check(lambda p, s, x: causal(p), "causal", mode, lead=[("N", 4)])
+    check(lambda p, s, x: causal(p)[None], "causal", mode, lead=[("N", 4)])
+    check(lambda p, s, x: causal(p) & p.bool()[:, None], "causal ∧ key_padding(p_1)", mode, lead=[("N",)])
     same = lambda p, s, x: causal(p) & (s[:, None] == s[:, :, None]).repeat_interleave(4, 0)  # noqa: E731
-    check(same, "causal ∧ same_value(s_1)", mode, merged_heads=4)
+    check(same, "causal ∧ same_value(s_1)", mode, lead=[("N", 4)])
 
 
 HEADS_DIFFER = {
@@ -609,7 +609,7 @@ HEADS_DIFFER = {
 @pytest.mark.parametrize("rows", [3, 4])
 def test_merged_masks_that_differ_between_heads_are_refused(name, rows, mode):
     build = HEADS_DIFFER[name]
-    assert_refused(read(build, mode, tokens(rows), merged_heads=4), UNCLEAR, "heads")
+    assert_refused(read(build, mode, tokens(rows), lead=[("N", 4)]), UNCLEAR, "heads")
     assert_refused(read(lambda p, s, x: split(build(p, s, x), p), mode, tokens(rows)), UNCLEAR, "heads")
 
 
@@ -619,13 +619,13 @@ def test_grouped_heads_that_differ_are_refused(mode):
     by = lambda condition: lambda p, s, x: causal(p) & p.bool()[:, None, None, None] & condition()  # noqa: E731
     for condition in (lambda: group() > 1, lambda: member() > 1, lambda: group() <= member()):
         assert_refused(read(by(condition), mode), UNCLEAR, "heads")
-    assert_refused(read(lambda p, s, x: causal(p)[None, None], mode, merged_heads=2), UNCLEAR, "rank 4")
+    assert_refused(read(lambda p, s, x: causal(p)[None, None], mode, lead=[("N", 2)]), UNCLEAR, "rank 4")
 
 
 def test_data_of_rank_5_is_refused():
-    assert_refused(read(lambda b, m, p: m[:, None], inputs=masks()), UNCLEAR, "rank 5")
+    assert_refused(read(lambda b, m, p: m[:, None], inputs=masks()), UNCLEAR, "a mask that is data")
     assert_refused(
-        read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()), UNCLEAR, "rank 5"
+        read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()), UNCLEAR, "a mask that is data"
     )
 
 
@@ -715,7 +715,7 @@ def test_multihead_attention(weights, batch_first, heads, dynamic, shapes):
         compiled(torch.randn(*((n, s) if batch_first else (s, n)), 16), tokens(n, s)[0])
     for (both, values), (n, s) in zip(found, shapes, strict=True):
         for mask, words in zip(both, ("causal ∧ key_padding(l_padding_)", "causal"), strict=True):
-            formula = read_additive(mask, merged_heads=heads if weights else None)
+            formula = read_additive(mask, lead=[("N", heads)] if weights else None)
             assert not isinstance(formula, Unsupported), formula
             assert formula.describe() == words and formula.minus_inf
             assert_same(evaluate(formula, values, n, s), is_allowed(values[mask]), weights)
