@@ -68,7 +68,9 @@ def _lookup(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     rows = shape(table)[0]
     negative = call(graph, aten.lt.Scalar, index, 0)
     from_end = call(graph, aten.add.Tensor, index, rows)
-    return graph.call_function(aten.embedding.default, (table, call(graph, aten.where.self, negative, from_end, index)))
+    return graph.call_function(
+        aten.embedding.default, (table, call(graph, aten.where.self, negative, from_end, index))
+    )
 
 
 CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {

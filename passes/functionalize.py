@@ -13,13 +13,25 @@ computed from inputs (the prologue runs as written), and writes through a view t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, call, is_fresh_item, is_mode_switch, is_tensor, is_view, mutated_args, same_size, shape, val
+from .graph import (
+    aten,
+    bound_args,
+    call,
+    is_fresh_item,
+    is_mode_switch,
+    is_view,
+    mutated_args,
+    same_size,
+    shape,
+    val,
+)
 from .seeds import nodes_from_inputs_alone
 
 
@@ -55,9 +67,9 @@ class _Write:
             return
         with self.graph.inserting_before(self.node):
             new = self._result(functional, target)
-            for view, parent in zip(chain, chain[1:], strict=False):
+            for view, parent in itertools.pairwise(chain):
                 new = _UNDO[_kind(view)](self, view, parent, new)
-            self._refresh(chain[-1], new)
+            self._refresh(chain[-1], new, kept=target)
         self.node.replace_all_uses_with(self.fresh.get(target, new))
         self.graph.erase_node(self.node)
 
@@ -108,11 +120,16 @@ class _Write:
             if val(new).device != val(target).device:
                 return self.call(functional, *self.node.args)
             new = self.cast(new, val(target).dtype)
-            return new if _same_shape(new, target) else self.call(aten.expand.default, new, self.sizes(target))
+            return (
+                new if _same_shape(new, target) else self.call(aten.expand.default, new, self.sizes(target))
+            )
         return self.cast(self.call(functional, *self.node.args, **self.node.kwargs), val(target).dtype)
 
     def sizes(self, node: fx.Node) -> list[Any]:
-        return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, d) for d, s in enumerate(shape(node))]
+        return [
+            s if isinstance(s, int) else self.call(aten.sym_size.int, node, d)
+            for d, s in enumerate(shape(node))
+        ]
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return node if val(node).dtype == dtype else self.call(aten.to.dtype, node, dtype)
@@ -122,7 +139,7 @@ class _Write:
         new.meta = {**self.node.meta, "val": new.meta["val"]}
         return new
 
-    def _refresh(self, base: fx.Node, new: fx.Node) -> None:
+    def _refresh(self, base: fx.Node, new: fx.Node, kept: fx.Node) -> None:
         """Later uses of `base` and of its views become uses of `new` and of the same views of `new`."""
         self.fresh: dict[fx.Node, fx.Node] = {base: new}
         for view in self._aliases(base) or ():
@@ -134,7 +151,7 @@ class _Write:
                 fresh, delete_user_cb=lambda user: user is not self.node and self._is_later(user)
             )
         for fresh in reversed(self.fresh.values()):
-            if fresh is not new and not fresh.users and fresh is not self.fresh.get(self.node.args[0]):
+            if fresh is not new and not fresh.users and fresh is not self.fresh.get(kept):
                 self.graph.erase_node(fresh)
 
 
@@ -182,7 +199,11 @@ def _kind(node: fx.Node) -> str:
     if node.target is aten.to.dtype and is_view(node) and bound_args(node)[0][3] is False:
         return "alias"  # a cast to its own dtype returns the tensor itself
     source = node.args[0] if node.args else None
-    if isinstance(source, fx.Node) and not hasattr(node.target, "_schema") and _KINDS.get(source.target) == "pieces":
+    if (
+        isinstance(source, fx.Node)
+        and not hasattr(node.target, "_schema")
+        and _KINDS.get(source.target) == "pieces"
+    ):
         return "item"
     return ""
 

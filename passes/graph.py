@@ -9,6 +9,7 @@ hooks and other higher-order operations, is looked for in the Dynamo graph first
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
         name = getattr(node.target, "__name__", str(node.target))
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             kind = next((k for k in ("autograd_function", "hook") if k in name), "trace_failed")
+            if "checkpoint" in name:
+                text = "activation checkpointing can't be packed yet"
+                hint = (
+                    "turn it off (a packed batch keeps fewer activations), or compile the checkpointed layers"
+                )
+                found.append(Unsupported(kind, node, text, hint))
+                continue
             found.append(_opaque(kind, node, f"higher-order operation `{name}` can't be looked into"))
         elif "autograd_function" in name or "trampoline_autograd" in name:
             found.append(
@@ -93,7 +101,7 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Revalue(fx.Interpreter):
-    """Sets fake values anew: tracing writes autocast switches down without throwing them, so dtypes are those outside."""
+    """Sets fake values anew: tracing records autocast switches without throwing them, so dtypes are those outside."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -166,6 +174,13 @@ def schema_of(node: fx.Node) -> torch.FunctionSchema | None:
     return getattr(node.target, "_schema", None) if node.op == "call_function" else None
 
 
+def input_name(node: fx.Node) -> str:
+    """What the user calls an input: Dynamo's `l_kwargs_attention_mask_` is `attention_mask`."""
+    label = str(node.meta.get("label", node.name))
+    found = re.fullmatch(r"[lL]_(?:kwargs_)?(?!self_)(.*?)_?", label)
+    return found[1] if found and found[1] else label
+
+
 def mutated_args(node: fx.Node) -> list[fx.Node]:
     """The argument nodes that an ATen call writes to."""
     schema = schema_of(node)
@@ -230,7 +245,11 @@ def _is_permuted(value: torch.Tensor) -> bool:
     """Is a later dim provably further apart in memory than an earlier one?"""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    wide = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if statically_known_true(size > 1)]
+    wide = [
+        stride
+        for size, stride in zip(value.shape, value.stride(), strict=True)
+        if statically_known_true(size > 1)
+    ]
     return any(statically_known_true(a < b) for a, b in itertools.pairwise(wide))
 
 

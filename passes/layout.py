@@ -148,7 +148,9 @@ def is_plain_one(dim: Dim) -> bool:
 def is_well_formed(dims: Sequence[Dim]) -> bool:
     """Does each token factor occur at most once?"""
     factors = [f for dim in dims for f in dim if is_token_factor(f)]
-    factors = [g for f in factors for g in (f.factors if isinstance(f, Sorted) else (f,)) if is_token_factor(g)]
+    factors = [
+        g for f in factors for g in (f.factors if isinstance(f, Sorted) else (f,)) if is_token_factor(g)
+    ]
     return len(factors) == len(set(factors))
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from .attention_match import AttentionMatch
 from .graph import aten, bound_args, is_mode_switch, node_arg, val
-from .layout import KEY, POSITION, ROW, Dim, Selection, is_token_factor
+from .layout import KEY, POSITION, ROW, Dim, Selection, TokenLayout, is_token_factor
 from .mask_formula import Column, emit_column
 from .packed_graphs import Input, PackedGraphs, ResultRef
 from .padding import Guards
@@ -253,7 +254,9 @@ class Lowering:
             for group in (match.formula.key_valid, match.formula.same_value)
         ]
         if match.formula.data is not None:
-            columns[0].append(self._input(Input("data_mask", self.data_masks[match.formula.data]), "key_valid"))
+            columns[0].append(
+                self._input(Input("data_mask", self.data_masks[match.formula.data]), "key_valid")
+            )
         dtype = val(node).dtype  # autocast converts the arguments of attention, but not of our operator
         call = self.packed.call_function(
             torch.ops.pgcompile.prefix_attention.default,
@@ -304,7 +307,9 @@ class Lowering:
         elif kind in (PROLOGUE, NUMBER):
             found = self._late_input("prologue", self._result(node))
         elif kind == STREAM and node in self.shared_views:
-            found = self.late.node_copy(node, self._in_late)  # of the unpacked base: outputs that share memory still do
+            found = self.late.node_copy(
+                node, self._in_late
+            )  # of the unpacked base: outputs that share memory still do
         elif kind == STREAM:
             layout = self.analysis.values[node].layout
             found = self.late.call_function(
@@ -441,8 +446,10 @@ class Lowering:
 
     def _finish(self) -> PackedGraphs | Unsupported:
         self.packed.output(tuple(self.packed_outputs))
-        drop_dead(self.packed)
-        drop_dead(self.late)
+        for graph in (self.packed, self.late):
+            drop_dead(graph)
+            for node in graph.nodes:
+                node.meta.pop("val", None)  # of the original: other sizes
         self.inputs = used_inputs(self.packed, self.inputs)
         self.late_inputs = used_inputs(self.late, self.late_inputs)
         order_placeholders(self.packed, list(self.inputs.values()))
@@ -452,6 +459,7 @@ class Lowering:
             self._note_cuts(factor.selection)
         guards = [[(self._result(f.node), f) for f in group] for group in self.guards.groups]
         key_valid = [self._valid_keys(m) for m in self.matches.values()]
+        outputs = [self._tokens_of(leaf) for leaf in tree_leaves(self.gm.graph.output_node().args[0])]
         data_masks = [
             (self._result(node), formulas[node].data_additive, formulas[node].data_negated)
             for node in self.data_masks
@@ -477,7 +485,17 @@ class Lowering:
             position_is_key=self.position_is_key,
             whole=self.analysis.whole,
             matches=list(self.matches.values()),
+            outputs=outputs,
         )
+
+    def _tokens_of(self, leaf: Any) -> TokenLayout | None:
+        if not isinstance(leaf, fx.Node):
+            return None
+        value = self.analysis.values[leaf]
+        layout = value.layout if value.kind == STREAM else self.guards.layouts.get(leaf)
+        if layout is not None:
+            self._note_cuts(layout.selection)
+        return layout
 
     def _valid_keys(self, match: AttentionMatch) -> tuple[int, ...]:
         data = () if match.formula.data is None else (-1 - self.data_masks[match.formula.data],)

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from . import layout
-from .graph import same_size
+from .graph import input_name, same_size
 from .layout import Dim
 from .mask_expr import (
     FALSE,
@@ -69,7 +69,7 @@ class Column:
         return tuple(dict.fromkeys(e.node for e in elements(self.expr)))
 
     def describe(self) -> str:
-        return ", ".join(str(n.meta.get("label", n.name)) for n in self.leaves) or "position"
+        return ", ".join(map(input_name, self.leaves)) or "position"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class MaskFormula:
         words += [f"window({self.window})"] if self.window is not None else []
         words += [f"key_padding({c.describe()})" for c in self.key_valid]
         words += [f"same_value({c.describe()})" for c in self.same_value]
-        words += [f"data({self.data.name})"] if self.data is not None else []
+        words += [f"data({input_name(self.data)})"] if self.data is not None else []
         return " ∧ ".join(words) or "everything"
 
 
@@ -376,7 +376,7 @@ def _outline(expr: Expr) -> str:
         return " + ".join([*terms, *([str(expr.index.offset)] if expr.index.offset else [])])
     if isinstance(expr, Element):
         at = ", ".join(_outline(index(i, torch.int64)) for i in expr.indices)
-        return f"{expr.node.meta.get('label', expr.node.name)}[{at}]"
+        return f"{input_name(expr.node)}[{at}]"
     return f"{expr.name}({', '.join(map(_outline, expr.args))})"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from .attention_match import AttentionMatch
-from .layout import Dim, Selection
+from .layout import Dim, Selection, TokenLayout
 from .padding import Factor
 
 
@@ -42,6 +42,7 @@ class PackedGraphs:
         key_valid: for each attention, the prologue results that say which keys are valid (-1 - i for data mask i).
         guards: groups of prologue results that switch padding off (`padding.py`).
         results: the prologue's results as nodes of the original graph.
+        outputs: for each output, in the order of the original's leaves, the dims that its tokens are in, if it has any.
         data_masks: masks to be checked at each call: prologue result, additive?, negated?
     """
 
@@ -60,6 +61,7 @@ class PackedGraphs:
     results: list[fx.Node]
     whole: Selection
     matches: list[AttentionMatch]
+    outputs: list[TokenLayout | None]
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,14 @@ class Factor:
 
 @dataclass
 class Guards:
-    """A token may be dropped iff in each of `groups` some factor is off there. `refusal`: never."""
+    """A token may be dropped iff in each of `groups` some factor is off there. `refusal`: never.
+
+    `layouts` has the late values that still have tokens in known dims.
+    """
 
     groups: list[tuple[Factor, ...]] = field(default_factory=list)
     refusal: Unsupported | None = None
+    layouts: dict[fx.Node, TokenLayout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def padding_guards(analysis: Analysis) -> Guards:
         found = _follow(node, sources, value.outcome, selections, analysis)
         if isinstance(found, _Taint):
             taints[node] = found
+            guards.layouts[node] = found.layout
             continue
         groups = (
             found if found is not None else [g for t in sources.values() if t is not None for g in t.groups]

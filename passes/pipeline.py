@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,10 @@ def _dump(folder: str | None, number: int, name: str, when: str, compilation: Co
         if gm is not None:
             text.append(f"# {label}\n{gm.print_readable(print_output=False)}")
     path = Path(folder) / f"graph{id(compilation.dynamo):x}_{number:02d}_{name}.{when}.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n\n".join(text))
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("\n\n".join(text))
+        temporary.replace(path)
+    except OSError as error:  # packing doesn't depend on it
+        warnings.warn(f"pgcompile: dump_dir can't be written: {error}", stacklevel=2)

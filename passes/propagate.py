@@ -139,7 +139,11 @@ def _sorts_used_late(analysis: Analysis) -> set[fx.Node]:
         for layout in value.layouts:
             if layout.is_sorted and any(analysis.is_late_use(user) for user in node.users):
                 numbers = [layout.holds] if layout.holds else []
-                found |= {s.by for s in (*numbers, *(f for dim in layout.dims for f in dim)) if not isinstance(s, (int, str))}
+                found |= {
+                    s.by
+                    for s in (*numbers, *(f for dim in layout.dims for f in dim))
+                    if not isinstance(s, (int, str))
+                }
     return found
 
 
@@ -255,7 +259,9 @@ class _Walk:
             return Value(STREAM, (layout,), outcome)
         weight, index, _, scale_by_freq, sparse = bound_args(node)[0]
         if self.out.kind(weight) not in (WEIGHT, PROLOGUE):
-            reason = Unsupported("token_mixing", node, "ids are looked up in a table that is computed from tokens")
+            reason = Unsupported(
+                "token_mixing", node, "ids are looked up in a table that is computed from tokens"
+            )
             return Value(LATE, reason=reason)
         if scale_by_freq or sparse:
             hint = "turn scale_grad_by_freq and sparse off"

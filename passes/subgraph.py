@@ -68,8 +68,12 @@ def prologue_module(
     if stray:
         return Unsupported("internal_error", stray[0], "the prologue depends on tokens")
     for node in wanted:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_inactive_dropout(node):
-            return Unsupported("randomness", node, f"`{node.target}` draws random numbers before the batch is planned")
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_inactive_dropout(
+            node
+        ):
+            return Unsupported(
+                "randomness", node, f"`{node.target}` draws random numbers before the batch is planned"
+            )
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:

@@ -73,7 +73,11 @@ def label_loss(
     index = flat_map(token_map, dims)
     kept = target != ignore_index
     label = torch.where(kept, target, 0)
-    weights = kept.to(log_probs.dtype) if weight is None else torch.where(kept, weight[label].to(log_probs.dtype), 0)
+    weights = (
+        kept.to(log_probs.dtype)
+        if weight is None
+        else torch.where(kept, weight[label].to(log_probs.dtype), 0)
+    )
     packed = tokens_first(log_probs, dims)
     loss = -torch.ops.pgcompile.gather_entries(packed, index, label[:, None])[:, 0] * weights
     if smooth is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .cost import MIN_SAVING, Cost, count_work
@@ -26,8 +27,8 @@ from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.layout import POSITION, ROW, Dim
 from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import Unsupported
-from .plan import DenseCall, Plan, build_plan, rows_first
-from .report import AttentionReport, BatchReport, FallbackError, GraphReport, log
+from .plan import DenseCall, Plan, batch_sizes, build_plan, kept_elements, rows_first
+from .report import AttentionReport, BatchReport, FallbackError, GraphReport, describe, log
 
 # Reports go to the collector of the `explain` call that compiled the graph, if there is one.
 Collector = Callable[[GraphReport | BatchReport], None]
@@ -71,11 +72,14 @@ def pgcompile(
         if chosen.strict:
             cause = next(iter(compilation.errors), None)
             return functools.partial(_raise, FallbackError(compilation.reasons), cause)
-        log.warning("not packed, runs as it was: %s", "; ".join(map(str, compilation.reasons)))
+        if collector is None:
+            text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
+            log.warning(text, describe(compilation.reasons))
         run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
         return functools.partial(_run_eager, run)
-    log.debug("packed: %d attention nodes, passes %s", len(compilation.matches), compilation.seconds)
-    return PackedCall(compilation, chosen, collector)
+    seconds = sum(compilation.seconds.values())
+    log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
+    return PackedCall(compilation, chosen, collector, report.index)
 
 
 def _raise(error: Exception, cause: BaseException | None, *args: Any) -> Any:
@@ -97,7 +101,7 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
         report.attention.append(
             AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why)
         )
-    if compilation.guards.refusal is not None:
+    if compilation.guards.refusal is not None and not compilation.reasons:
         report.notes.append(FallbackReason.of(compilation.guards.refusal))
     return report
 
@@ -105,7 +109,9 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
 class PackedCall:
     """A graph that can be packed: plans each batch and runs it packed, or dense with a reason."""
 
-    def __init__(self, compilation: Compilation, options: Options, collector: Collector | None) -> None:
+    def __init__(
+        self, compilation: Compilation, options: Options, collector: Collector | None, index: int = 0
+    ) -> None:
         assert (
             compilation.graphs is not None
             and compilation.aten is not None
@@ -113,7 +119,7 @@ class PackedCall:
         )
         self.graphs: PackedGraphs = compilation.graphs
         self.aten = compilation.aten
-        self.options, self.collector = options, collector
+        self.options, self.collector, self.index = options, collector, index
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
         self.dense = DenseGraph(compilation.dynamo, options)
         self.families: dict[Any, Family] = {}
@@ -121,7 +127,7 @@ class PackedCall:
         self.warned: set[str] = set()
 
     def __call__(self, *args: Any) -> Any:
-        report = BatchReport()
+        report = BatchReport(self.index)
         modes = GlobalModes()
         try:
             results, plan = self._plan(args, report)
@@ -143,20 +149,24 @@ class PackedCall:
         stats.count(packed=1)
         if self.unchecked > 0:
             self.unchecked -= 1
-            check.compare(self.dense.gm, args, outputs, plan)
+            leaves = zip(tree_leaves(outputs), self.graphs.outputs, strict=True)
+            kept = [
+                None if layout is None else kept_elements(leaf, layout, plan, results, self.graphs)
+                for leaf, layout in leaves
+            ]
+            check.compare(self.dense.gm, args, outputs, kept)
+            stats.count(checked=1)
         return outputs
 
     def _plan(self, args: Sequence[Any], report: BatchReport) -> tuple[Sequence[Any], Plan]:
         started = time.perf_counter()
         with torch.no_grad():
             results = self.graphs.prologue(*args)
+            report.rows, report.positions = batch_sizes(self.graphs, results)
+            report.dense_tokens = report.rows * report.positions
             plan = build_plan(self.graphs, results, keep_all=self.options.min_saving == 0)
-        report.rows, report.positions = plan.rows, plan.positions
-        report.dense_tokens, report.valid_tokens, report.packed_tokens = (
-            plan.dense_tokens,
-            plan.valid_tokens,
-            plan.tokens,
-        )
+        report.valid_tokens, report.packed_tokens = plan.valid_tokens, plan.tokens
+        report.kept_padding = plan.kept_padding
         report.segments, report.depth = plan.tree.num_segments, plan.tree.max_segment_depth
         report.dense_pairs, report.packed_pairs = plan.dense_pairs, plan.packed_pairs
         report.saving = self.cost.saving(plan)
@@ -212,7 +222,7 @@ class PackedCall:
         error: BaseException | None = None,
     ) -> Any:
         reason = FallbackReason.of(Unsupported(kind, None, text))
-        report.decision, report.why = "dense", str(reason)
+        report.decision, report.why = "dense", describe([reason]).strip()
         self._collect(report)
         outputs = self.dense(*args)  # first: if the call itself is wrong, it should say so in its own words
         stats.count(dense=1)
@@ -220,15 +230,15 @@ class PackedCall:
             return outputs
         if self.options.strict:
             raise FallbackError([reason]) from error
-        if kind not in self.warned:
+        if kind not in self.warned and self.collector is None:
             self.warned.add(kind)
-            log.warning("this call runs as it was: %s", reason, exc_info=error)
+            log.warning("pgcompile: this call runs as written:\n%s", describe([reason]), exc_info=error)
         return outputs
 
     def _collect(self, report: BatchReport) -> None:
         if self.collector is not None:
             self.collector(report)
-        log.debug("%s", report)
+        log.debug("pgcompile: %s", report)
 
 
 def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:

@@ -10,7 +10,6 @@ import torch._functorch.config
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .plan import Plan
 from .report import log
 
 # Packed and dense sums run in another order, and float64 models often cast to float32 inside; a real mistake is
@@ -22,30 +21,33 @@ class CheckError(RuntimeError):
     """A packed batch differs from the original by more than rounding."""
 
 
-def compare(gm: fx.GraphModule, args: Sequence[Any], outputs: Any, plan: Plan) -> None:
+def compare(gm: fx.GraphModule, args: Sequence[Any], outputs: Any, kept: Sequence[Tensor | None]) -> None:
     """Run the original on `args` and compare.
 
-    Values of dropped padding are zero in `outputs` by contract, so they don't count. Gradients are those of a fixed
-    random combination of the outputs, without padding.
+    Gradients are those of a fixed random combination of the outputs.
+
+    Args:
+        kept: for each leaf of `outputs`, which elements belong to tokens that weren't dropped (None: all of them).
+            Values of dropped padding are zero by contract, so they don't count.
 
     Raises:
         CheckError: naming the first value or gradient that differs, and by how much.
     """
-    expected = tree_leaves(gm(*args))
-    found = tree_leaves(outputs)
-    pairs = [
-        (f, e)
-        for f, e in zip(found, expected, strict=True)
-        if isinstance(e, Tensor) and e.is_floating_point()
+    triples: list[tuple[int, Tensor, Tensor, Tensor]] = [
+        (i, found, expected, _weights(expected, mask))
+        for i, (found, expected, mask) in enumerate(
+            zip(tree_leaves(outputs), tree_leaves(gm(*args)), kept, strict=True)
+        )
+        if isinstance(expected, Tensor) and expected.is_floating_point()
     ]
-    weights = [_weights(e, plan) for _, e in pairs]
-    for i, ((f, e), w) in enumerate(zip(pairs, weights, strict=True)):
-        _compare(f"output {i}", f * (w != 0), e * (w != 0))
+    for i, found, expected, weights in triples:
+        name = f"output {i}, {list(expected.shape)} {str(expected.dtype).removeprefix('torch.')}"
+        _compare(name, found * (weights != 0), expected * (weights != 0))
     trained = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-    if torch.is_grad_enabled() and trained and any(e.requires_grad for _, e in pairs):
+    if torch.is_grad_enabled() and trained and any(e.requires_grad for _, _, e, _ in triples):
         losses = [
-            sum((v * w).sum() for v, w in zip(side, weights, strict=True) if v.requires_grad)
-            for side in zip(*pairs, strict=True)
+            torch.stack([(v * weights).double().sum() for v, weights in side if v.requires_grad]).sum()
+            for side in ([(t[1], t[3]) for t in triples], [(t[2], t[3]) for t in triples])
         ]
         with torch._functorch.config.patch(donated_buffer=False):  # the caller runs the same backward again
             grads = [
@@ -53,24 +55,23 @@ def compare(gm: fx.GraphModule, args: Sequence[Any], outputs: Any, plan: Plan) -
             ]
         for i, (f, e) in enumerate(zip(*grads, strict=True)):
             if f is not None and e is not None:
-                _compare(f"gradient of argument {i} {list(e.shape)}", f, e)
-    log.info("checked a batch of %d tokens against the original: equal up to rounding", plan.dense_tokens)
+                _compare(f"gradient of argument {i}, {list(e.shape)}", f, e)
+    log.info("pgcompile: checked a batch against the original: equal up to rounding")
 
 
-def _weights(value: Tensor, plan: Plan) -> Tensor:
+def _weights(value: Tensor, kept: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     w = torch.rand(value.shape, generator=generator, dtype=torch.float64).add(0.5).to(value)
-    if value.shape[:2] == plan.class_of.shape:
-        kept = (plan.class_of >= 0).reshape(*plan.class_of.shape, *[1] * (value.dim() - 2))
-        w = w * kept
-    return w
+    return w if kept is None else w * kept.to(w)
 
 
 def _compare(what: str, found: Tensor, expected: Tensor) -> None:
-    error = (found.double() - expected.double()).norm()
-    scale = expected.double().norm()
+    difference = found.double() - expected.double()
+    error, scale = difference.norm(), expected.double().norm()
     tolerance = TOLERANCE.get(expected.dtype, 1e-4)
     if not bool(error <= tolerance * scale + 1e-12):
+        worst = [int(i) for i in torch.unravel_index(difference.abs().argmax(), expected.shape)]
         raise CheckError(
-            f"{what}: packed differs from the original by {error / scale:.2e} (relative L2), more than {tolerance:.0e}"
+            f"{what}: packed differs from the original by {error / scale:.2e} (relative L2), not {tolerance:.0e}; "
+            f"worst at {worst}: {found[tuple(worst)].item():.6g} instead of {expected[tuple(worst)].item():.6g}"
         )

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .backend import pgcompile
 from .options import Options
 from .report import BatchReport, Explanation, GraphReport
+from .stats import paused
 
 F = TypeVar("F")
 
@@ -79,6 +80,7 @@ def explain(
 
     def collect(report: GraphReport | BatchReport) -> None:
         if isinstance(report, GraphReport):
+            report.index = len(explanation.graphs)
             explanation.graphs.append(report)
         else:
             explanation.batches.append(report)
@@ -86,7 +88,7 @@ def explain(
     target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
     compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with _restored(fn, args, kwargs), torch.random.fork_rng(devices=devices):
+    with _restored(fn, args, kwargs), paused(), torch.random.fork_rng(devices=devices):
         compiled(*args, **kwargs)
     return explanation
 

@@ -81,6 +81,8 @@ class Options:
         """From what torch.compile passes: a mapping or None, and its `mode`."""
         if isinstance(options, Options):
             return options
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"options must be a mapping of names to values or an Options, not {options!r}")
         given = dict(options or {})
         valid = tuple(f.name for f in fields(cls))
         for key in given:
@@ -93,6 +95,6 @@ class Options:
 def _choose(what: str, given: Any, valid: tuple[str, ...]) -> None:
     if given in valid:
         return
-    near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(given), valid, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown {what}: {given!r}. Valid: {', '.join(map(repr, valid))}{hint}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .passes.layout import POSITION, ROW, Dim
+from .passes.layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
 from .passes.packed_graphs import PackedGraphs, ResultRef
 from .prefix_tree import PrefixTree, build_prefix_tree, encode_columns
 
@@ -44,6 +44,7 @@ class Plan:
         segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
         data_valid: for each mask that is data, bool [N, S]: which keys it allows.
         valid_tokens: tokens that weren't dropped.
+        kept_padding: of those, leading and trailing ones that every attention masks: something else reads them.
         dense_pairs, packed_pairs: query-key pairs of causal attention over the batch and over the packed tokens.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     valid_tokens: int
     dense_pairs: int
     packed_pairs: int
+    kept_padding: int
 
     @property
     def tokens(self) -> int:
@@ -79,11 +81,10 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     Raises:
         DenseCall: if this batch can't be packed (a mask that isn't causal, an empty batch, a fully masked query).
     """
-    first_index, first_dims = graphs.keys[0]
-    n, s = _sizes(results[first_index], first_dims)
+    n, s = batch_sizes(graphs, results)
     if n == 0 or s == 0:
         raise DenseCall("empty_batch", f"a batch of {n} rows and {s} positions has no token")
-    device = results[first_index].device
+    device = results[graphs.keys[0][0]].device
     checked = [
         _check_data_mask(results[i], additive, negated, n, s) for i, additive, negated in graphs.data_masks
     ]
@@ -95,20 +96,22 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     ]
     droppable = _droppable(graphs, results, valid, n, s)
     columns, wide = _key_columns(graphs, results, data_valid, n, s)
-    host = _to_host(
-        [*columns, *(fingerprint(w) for w in wide), *([droppable] if droppable is not None else [])]
-    )
+    masked = _masked(graphs, valid)
+    flags = [flag for flag in (masked, droppable) if flag is not None]
+    host = _to_host([*columns, *(fingerprint(w) for w in wide), *flags])
     dropped = host.pop().astype(bool) if droppable is not None else None
+    padding = _kept_range(host.pop().astype(bool), n, s) if masked is not None else None
     first, end = _kept_range(dropped, n, s)
     tree = build_prefix_tree(encode_columns(host, (n, s)), first, end, 0 if keep_all else MIN_SHARED)
     if tree.tokens == 0:
         raise DenseCall("empty_batch", "every token is padding")
-    plan = _on_device(tree, n, s, first, end, device, data_valid)
+    kept_padding = int((end - first).sum() - (padding[1] - padding[0]).sum()) if padding is not None else 0
+    plan = _on_device(tree, n, s, first, end, device, data_valid, kept_padding)
     for column in wide:
         _verify_wide(column, plan)
     _refuse_fully_masked(graphs, valid, plan)
     if any(bool((wrong & (plan.class_of >= 0)).any()) for _, wrong in checked):
-        raise DenseCall("batch_mask", "the mask that was given is not causal with padding")
+        raise DenseCall("mask_not_understood", "the mask that was given is not causal with padding")
     return plan
 
 
@@ -120,6 +123,7 @@ def _on_device(
     end: np.ndarray,
     device: torch.device,
     data_valid: list[Tensor],
+    kept_padding: int,
 ) -> Plan:
     def move(a: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(a)).to(device)
@@ -130,13 +134,17 @@ def _on_device(
         valid_tokens=int((end - first).sum()),
         dense_pairs=n * s * (s + 1) // 2,
         packed_pairs=int((tree.depth + 1).sum()),
+        kept_padding=kept_padding,
     )  # fmt: skip
 
 
 # -- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _sizes(value: Tensor, dims: tuple[Dim, ...]) -> tuple[int, int]:
+def batch_sizes(graphs: PackedGraphs, results: Sequence[Tensor]) -> tuple[int, int]:
+    """N and S."""
+    index, dims = graphs.keys[0]
+    value = results[index]
     factors = {f: i for i, dim in enumerate(dims) for f in dim if len(dim) == 1}
     return value.shape[factors[ROW]], value.shape[factors[POSITION]]
 
@@ -226,12 +234,19 @@ def _droppable(
     graphs: PackedGraphs, results: Sequence[Tensor], valid: list[Tensor], n: int, s: int
 ) -> Tensor | None:
     """bool [N, S]: tokens that every attention masks and that nothing reads; None if there are none to begin with."""
-    if not graphs.can_drop_padding or not graphs.key_valid or len(valid) < len(graphs.key_valid):
+    droppable = _masked(graphs, valid)
+    if droppable is None or not graphs.can_drop_padding:
         return None
-    droppable = ~torch.stack(valid).any(0)
     for group in graphs.guards:
-        droppable &= torch.stack([_is_off(graphs, results, i, f, n, s) for i, f in group]).any(0)
+        droppable = droppable & torch.stack([_is_off(graphs, results, i, f, n, s) for i, f in group]).any(0)
     return droppable
+
+
+def _masked(graphs: PackedGraphs, valid: list[Tensor]) -> Tensor | None:
+    """bool [N, S]: tokens that every attention masks; None if one masks none."""
+    if not graphs.key_valid or len(valid) < len(graphs.key_valid):
+        return None
+    return ~torch.stack(valid).any(0)
 
 
 def _is_off(
@@ -268,6 +283,20 @@ def select_map(token_map: Tensor, selection: Any, results: Sequence[Tensor], gra
     return target(parent, *tree_map(lambda a: results[a.index] if isinstance(a, ResultRef) else a, args))
 
 
+def kept_elements(
+    value: Tensor, layout: TokenLayout, plan: Plan, results: Sequence[Tensor], graphs: PackedGraphs
+) -> Tensor:
+    """bool, of the shape of an output with the given layout: which of its elements belong to tokens that were kept."""
+    kept = select_map(plan.class_of >= 0, layout.selection, results, graphs)
+    factors = [f for dim in layout.dims for f in (dim or (1,))]
+    present = [f for f in (ROW, POSITION) if f in factors]
+    kept = kept.permute([present.index(f) for f in factors if is_token_factor(f)])
+    sizes = iter(kept.shape)
+    spread = [next(sizes) if is_token_factor(f) else 1 for f in factors]
+    whole = [size if is_token_factor(f) else f for size, f in zip(spread, factors, strict=True)]
+    return kept.reshape(spread).expand(whole).reshape(value.shape)
+
+
 def _kept_range(dropped: np.ndarray | None, n: int, s: int) -> tuple[np.ndarray, np.ndarray]:
     """First and one past the last kept position of each row: only leading and trailing runs are dropped."""
     if dropped is None or not dropped.any():
@@ -292,7 +321,8 @@ def _refuse_fully_masked(graphs: PackedGraphs, valid: list[Tensor], plan: Plan) 
             continue
         if match.formula.same_value:
             raise DenseCall(
-                "fully_masked_query", "a masked token that isn't dropped may have nothing to attend to in its part of the row"
+                "fully_masked_query",
+                "a masked token that isn't dropped may have nothing to attend to in its part of the row",
             )
         seen = (keys & kept).cumsum(1)
         window = match.formula.window
@@ -311,21 +341,21 @@ def _check_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int
         none of those may be kept.
 
     Raises:
-        DenseCall: `batch_mask`, if heads differ or it adds other numbers than 0 and minus infinity.
+        DenseCall: `mask_not_understood`, if heads differ or it adds other numbers than 0 and minus infinity.
     """
     if additive:
         if not bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()):
-            raise DenseCall("batch_mask", "the mask adds numbers other than 0 and minus infinity")
+            raise DenseCall("mask_not_understood", "the mask adds numbers other than 0 and minus infinity")
         allowed = mask == 0
     else:
         allowed = ~mask.bool() if negated else mask.bool()
     allowed = allowed[(None,) * (4 - allowed.dim())]
     if allowed.shape[-2:] != (s, s) or allowed.shape[0] not in (1, n):
         raise DenseCall(
-            "batch_mask", f"the mask has the shape {list(mask.shape)} for {n} rows of {s} positions"
+            "mask_not_understood", f"the mask has the shape {list(mask.shape)} for {n} rows of {s} positions"
         )
     if not bool((allowed == allowed[:, :1]).all()):
-        raise DenseCall("batch_mask", "the mask that was given differs between heads")
+        raise DenseCall("mask_not_understood", "the mask that was given differs between heads")
     allowed = allowed[:, 0]
     valid = allowed.diagonal(dim1=-2, dim2=-1)
     expected = torch.ones(s, s, dtype=torch.bool, device=mask.device).tril() & valid[:, None, :]

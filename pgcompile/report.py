@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +20,20 @@ class FallbackError(RuntimeError):
 
     def __init__(self, reasons: list[FallbackReason]) -> None:
         self.reasons = reasons
-        super().__init__("pgcompile can't pack this graph:\n" + "\n".join(f"  - {r}" for r in reasons))
+        super().__init__("pgcompile can't pack this:\n" + describe(reasons))
+
+
+def describe(reasons: Sequence[FallbackReason]) -> str:
+    """Reasons in lines, each once: the same line of a model is often traced once for each layer."""
+    groups: dict[tuple[str, ...], list[FallbackReason]] = {}
+    for r in reasons:
+        groups.setdefault((r.kind, r.explanation, r.source), []).append(r)
+    lines = []
+    for (kind, explanation, source), alike in groups.items():
+        lines.append(f"  {kind}: {explanation}" + (f" ({len(alike)} times)" if len(alike) > 1 else ""))
+        lines += [f"    at {source}"] if source else []
+        lines += [f"    hint: {alike[0].hint}"] if alike[0].hint else []
+    return "\n".join(lines)
 
 
 @dataclass
@@ -36,14 +51,17 @@ class AttentionReport:
 class BatchReport:
     """One call: what the plan found and what was decided.
 
+    `graph` numbers the graph; `kept_padding` counts padding that something reads and that therefore isn't dropped;
     `saving` is the share of the counted work that packing saves; `decision` is "packed" or "dense", `why` says why.
     """
 
+    graph: int = 0
     rows: int = 0
     positions: int = 0
     dense_tokens: int = 0
     valid_tokens: int = 0
     packed_tokens: int = 0
+    kept_padding: int = 0
     segments: int = 0
     depth: int = 0
     dense_pairs: int = 0
@@ -58,6 +76,7 @@ class GraphReport:
     """One Dynamo graph: "packed", "islands" or "eager", its attention, and the reasons if it isn't packed."""
 
     status: str = "packed"
+    index: int = 0
     attention: list[AttentionReport] = field(default_factory=list)
     fallbacks: list[FallbackReason] = field(default_factory=list)
     notes: list[FallbackReason] = field(default_factory=list)
@@ -93,10 +112,10 @@ class Explanation:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=110, highlight=False)
+        console = Console(width=shutil.get_terminal_size((110, 24)).columns, highlight=False)
         with console.capture() as capture:
             self._print(console)
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
     def _print(self, console: Any) -> None:
         from rich.table import Table
@@ -117,14 +136,12 @@ class Explanation:
                 console.print(table)
             else:
                 console.print(f"graph {i}: {graph.status}")
-            for reason in (*graph.fallbacks, *graph.notes):
-                console.print(f"  {reason.kind}: {reason.explanation}", markup=False)
-                if reason.source:
-                    console.print(f"    at {reason.source}", markup=False)
-                if reason.hint:
-                    console.print(f"    hint: {reason.hint}", markup=False)
+            reasons = [*graph.fallbacks, *graph.notes]
+            if reasons:
+                console.print(describe(reasons), markup=False, soft_wrap=True)
         if self.batches:
             columns = (
+                *(["graph"] if len(self.graphs) > 1 else []),
                 "rows",
                 "positions",
                 "dense_tokens",
@@ -137,12 +154,20 @@ class Explanation:
             )
             table = Table(*(n.replace("_", " ") for n in columns), title="batches", title_justify="left")
             for batch in self.batches:
-                cells = [getattr(batch, n) for n in columns]
-                table.add_row(*(f"{c:.1%}" if isinstance(c, float) else str(c) for c in cells))
+                planned = ("valid_tokens", "packed_tokens", "segments", "depth", "saving")
+                table.add_row(*(_cell(batch, n, batch.packed_tokens == 0 and n in planned) for n in columns))
             console.print(table)
             for batch in self.batches:
+                if batch.kept_padding:
+                    text = f"  {batch.kept_padding} tokens of padding are kept: a loss or another reduction reads them"
+                    console.print(text, markup=False, soft_wrap=True)
                 if batch.why:
-                    console.print(f"  {batch.why}", markup=False)
+                    console.print(f"  {batch.why}", markup=False, soft_wrap=True)
+
+
+def _cell(batch: BatchReport, name: str, unknown: bool) -> str:
+    value = getattr(batch, name)
+    return "–" if unknown else f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
 def _alike(attention: list[AttentionReport]) -> list[tuple[AttentionReport, str]]:
@@ -150,6 +175,4 @@ def _alike(attention: list[AttentionReport]) -> list[tuple[AttentionReport, str]
     groups: dict[tuple[str, ...], list[AttentionReport]] = {}
     for a in attention:
         groups.setdefault((a.spelling, a.mask, a.engine), []).append(a)
-    return [
-        (g[0], g[0].node if len(g) == 1 else f"{g[0].node} and {len(g) - 1} more") for g in groups.values()
-    ]
+    return [(g[0], g[0].node if len(g) == 1 else f"{g[0].node} × {len(g)}") for g in groups.values()]

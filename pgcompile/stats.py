@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 
@@ -16,6 +19,7 @@ class Stats:
         dense_tokens: rows × positions, over the calls that built a plan.
         valid_tokens: of those, tokens that are not dropped padding.
         packed_tokens: of those, distinct ones.
+        checked: batches that were compared with the original (`Options.check`).
         compiles: packed graphs given to the inner compiler.
         recompile_limit_hits: frames on which Dynamo gave up (its `recompile_limit`).
         plan_seconds: time spent planning.
@@ -27,12 +31,23 @@ class Stats:
     dense_tokens: int = 0
     valid_tokens: int = 0
     packed_tokens: int = 0
+    checked: int = 0
     compiles: int = 0
     recompile_limit_hits: int = 0
     plan_seconds: float = 0.0
 
+    def __str__(self) -> str:
+        saved = 1 - self.packed_tokens / self.dense_tokens if self.dense_tokens else 0.0
+        return (
+            f"calls: {self.packed} packed, {self.dense} dense, {self.eager} eager; {self.dense_tokens:,} tokens → "
+            f"{self.valid_tokens:,} without padding → {self.packed_tokens:,} distinct ({saved:.0%} saved); "
+            f"{self.compiles} compiles, {self.recompile_limit_hits} recompile limit hits, "
+            f"{self.plan_seconds:.3f} s planning"
+        )
+
 
 _lock = threading.Lock()
+_paused: ContextVar[bool] = ContextVar("paused", default=False)
 _current = Stats()
 _limit_hits_at_reset = 0
 
@@ -40,8 +55,20 @@ _limit_hits_at_reset = 0
 def count(**increments: float) -> None:
     """Add to counters by name."""
     global _current
+    if _paused.get():
+        return
     with _lock:
         _current = replace(_current, **{k: getattr(_current, k) + v for k, v in increments.items()})
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Count nothing of what this thread does in it."""
+    token = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(token)
 
 
 def stats() -> Stats:

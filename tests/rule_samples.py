@@ -634,7 +634,12 @@ for dims in ("N*S", "S*N", "N*S*2", "2*N*S"):
     inverse = call(aten.argsort.default, permutation)
     packs(aten.index.Tensor, indexed(stream(dims, 6), permutation), [inverse])
     packs(aten.index.Tensor, call(aten.mul.Tensor, indexed(stream(dims), permutation), values), [inverse])
-    packs(aten.index_select.default, call(aten.index_select.default, stream(dims, 6), 0, permutation), 0, inverse)
+    packs(
+        aten.index_select.default,
+        call(aten.index_select.default, stream(dims, 6), 0, permutation),
+        0,
+        inverse,
+    )
 keys, tokens = stream("N*S*2", high=3, **ints), stream("N*S", 6)
 values, permutation = sorted_by(keys)
 of_token = call(aten.floor_divide.default, permutation, 2)
@@ -643,16 +648,28 @@ numbered = call(aten.index_put.default, call(aten.empty_like.default, permutatio
 scattered = call(aten.scatter.src, call(aten.empty_like.default, permutation), 0, permutation, count)
 for inverse in (numbered, scattered, call(aten.argsort.default, permutation)):
     packs(aten.index.Tensor, indexed(tokens, of_token), [inverse])
-packs(aten.index.Tensor, indexed(tokens, call(aten.div.Tensor_mode, permutation, 2, rounding_mode="floor")), [numbered])
+packs(
+    aten.index.Tensor,
+    indexed(tokens, call(aten.div.Tensor_mode, permutation, 2, rounding_mode="floor")),
+    [numbered],
+)
 packs(aten.index.Tensor, indexed(tokens, call(aten.to.dtype, of_token, torch.int64)), [numbered])
-packs(aten.index_add.default, stream("N*S", 6, **ints), 0, of_token, indexed(stream("N*S*2", 6, **ints), permutation))
+packs(
+    aten.index_add.default,
+    stream("N*S", 6, **ints),
+    0,
+    of_token,
+    indexed(stream("N*S*2", 6, **ints), permutation),
+)
 _, by_argsort = keys, call(aten.argsort.default, keys, -1, True)
 packs(aten.index.Tensor, indexed(tokens, call(aten.floor_divide.default, by_argsort, 2)),
       [call(aten.argsort.default, by_argsort)])  # fmt: skip
 # of other entries, by another sort, or divided by something else than the entries of a token
 _, other = sorted_by(stream("N*S*2", high=3, **ints))
 refuses(aten.index.Tensor, indexed(stream("N*S*2", 6), permutation), [call(aten.argsort.default, other)])
-refuses(aten.index.Tensor, indexed(stream("S*N*2", 6), permutation), [numbered], conservative="undone in the end")
+refuses(
+    aten.index.Tensor, indexed(stream("S*N*2", 6), permutation), [numbered], conservative="undone in the end"
+)
 refuses(aten.index.Tensor, indexed(tokens, call(aten.floor_divide.default, permutation, 3)), [numbered])
 refuses(aten.index.Tensor, indexed(stream("N*S*2", 6), permutation), [permutation])
 refuses(aten.index.Tensor, stream("N*S*2", 6), [call(aten.argsort.default, permutation, -1, True)])
@@ -675,7 +692,9 @@ for dims, d, verdict in each_dim():
     if verdict is packs:
         packs(aten.slice_scatter.default, stream(*dims), stream(*dims), d)
     else:
-        refuses(aten.slice_scatter.default, stream(*dims), stream(*dims), d, conservative="writes over everything")
+        refuses(
+            aten.slice_scatter.default, stream(*dims), stream(*dims), d, conservative="writes over everything"
+        )
     verdict(aten.scatter.value, stream(*dims), d, stream(*dims, high=1, **ints), 2.0)
 for dims in (("N", "S", 6), ("S", "N", 6), ("N*S", 6), ("N", 3, "S", 6)):
     part, index = (*dims[:-1], 2), stream(*dims[:-1], 2, high=6, **ints)
@@ -687,10 +706,24 @@ for dims in (("N", "S", 6), ("S", "N", 6), ("N*S", 6), ("N", 3, "S", 6)):
     packs(aten.scatter_reduce.two, stream(*dims), -1, index, stream(*part), "amax")
     packs(aten.select_scatter.default, stream(*dims), stream(*dims[:-1]), -1, 3)
     packs(aten.select_scatter.default, stream(*dims), column(*dims[:-1]), -1, 3)
-    refuses(aten.select_scatter.default, weight(lambda n, s: n * s, 6), stream("N*S"), 1, 2, conservative="not sliced")
+    refuses(
+        aten.select_scatter.default,
+        weight(lambda n, s: n * s, 6),
+        stream("N*S"),
+        1,
+        2,
+        conservative="not sliced",
+    )
 refuses(aten.select_scatter.default, stream("N", "S", 6), stream("N", 6), 1, 2)
 refuses(aten.slice_scatter.default, stream("N", "S", 6), stream("N", 2, 6), 1, 1, 3, sizes=((4, 5),))
-refuses(aten.scatter.src, stream("N", 4, 6), 2, stream("N", "S", 2, high=6, **ints), stream("N", "S", 2), sizes=((4, 4),))
+refuses(
+    aten.scatter.src,
+    stream("N", 4, 6),
+    2,
+    stream("N", "S", 2, high=6, **ints),
+    stream("N", "S", 2),
+    sizes=((4, 4),),
+)
 
 # -- reductions.py, once more ------------------------------------------------------------------------------------------
 

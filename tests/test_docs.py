@@ -9,10 +9,12 @@ import inspect
 import io
 import itertools
 import linecache
+import os
 import re
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -46,7 +48,8 @@ def run_example(text: str, name: str = "example.py") -> str:
     printed = io.StringIO()
     try:
         torch._dynamo.reset()
-        with contextlib.redirect_stdout(printed):
+        # tables are as wide as the terminal
+        with contextlib.redirect_stdout(printed), mock.patch.dict(os.environ, COLUMNS="110"):
             exec(compile(text, name, "exec"), module.__dict__)
     finally:
         del sys.modules[module.__name__]

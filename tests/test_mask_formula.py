@@ -625,7 +625,9 @@ def test_grouped_heads_that_differ_are_refused(mode):
 def test_data_of_rank_5_is_refused():
     assert_refused(read(lambda b, m, p: m[:, None], inputs=masks()), UNCLEAR, "a mask that is data")
     assert_refused(
-        read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()), UNCLEAR, "a mask that is data"
+        read(lambda b, m, p: torch.where(m, 0.0, -INF)[:, None], inputs=masks()),
+        UNCLEAR,
+        "a mask that is data",
     )
 
 
@@ -714,7 +716,7 @@ def test_multihead_attention(weights, batch_first, heads, dynamic, shapes):
     for n, s in shapes:
         compiled(torch.randn(*((n, s) if batch_first else (s, n)), 16), tokens(n, s)[0])
     for (both, values), (n, s) in zip(found, shapes, strict=True):
-        for mask, words in zip(both, ("causal ∧ key_padding(l_padding_)", "causal"), strict=True):
+        for mask, words in zip(both, ("causal ∧ key_padding(padding)", "causal"), strict=True):
             formula = read_additive(mask, lead=[("N", heads)] if weights else None)
             assert not isinstance(formula, Unsupported), formula
             assert formula.describe() == words and formula.minus_inf
@@ -1115,7 +1117,7 @@ def check_model(found, words, shapes):
 
 
 SHAPES = [(3, 12), (4, 9)]
-PADDING = "key_padding(l_kwargs_attention_mask_)"
+PADDING = "key_padding(attention_mask)"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,4 +1,4 @@
-"""Graphs that once gave other values than eager, packed: masks, softmaxes, dtypes and memory that aren't what they seem.
+"""Graphs that packed once gave other values than eager: masks, softmaxes, dtypes, memory that aren't what they seem.
 
 Each case says what has to become of it: packed, or refused with a kind. Values and gradients are eager's in any case.
 """
@@ -75,7 +75,9 @@ def hole(row, position, rows=ROWS):
 def buffer_and_padding(m, ids, mask):
     bias = (1.0 - mask[:, None, None, :].bool().double()) * LOWEST
     lowest = torch.finfo(torch.float64).min
-    return m.spelled(ids, lambda s: (torch.where(m.tril[:, :, :POSITIONS, :POSITIONS], s, lowest) + bias).softmax(-1))
+    return m.spelled(
+        ids, lambda s: (torch.where(m.tril[:, :, :POSITIONS, :POSITIONS], s, lowest) + bias).softmax(-1)
+    )
 
 
 def data_and_padding(m, ids, mask, square):
@@ -335,7 +337,10 @@ def test_autocast(graph, around):
         with torch.autocast("cpu", torch.bfloat16, enabled=around):
             out = call(m, batch())
         out.float().square().sum().backward()
-        return out.dtype, [out.detach().double(), *(p.grad.double() for p in m.parameters() if p.grad is not None)]
+        return out.dtype, [
+            out.detach().double(),
+            *(p.grad.double() for p in m.parameters() if p.grad is not None),
+        ]
 
     _, truth = errors(lambda m, ids: graph_without_autocast(graph, m, ids), model())
     m = model(dtype=torch.float32)

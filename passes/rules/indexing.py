@@ -109,8 +109,8 @@ def index_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome
         return refuse("token_mixing", "an index computed from tokens, or a boolean mask, picks tokens")
     if all(not x.tokens.is_token_dim(d) for d in given) and len(given) == 1:
         ((dim, index),) = given.items()
-        dims = (*x.tokens.dims[:dim], *map(plain, index.shape), *x.tokens.dims[dim + 1 :])
-        return Outcome(x.tokens.with_dims(dims))
+        picked = (*x.tokens.dims[:dim], *map(plain, index.shape), *x.tokens.dims[dim + 1 :])
+        return Outcome(x.tokens.with_dims(picked))
     if list(given) == [1] and x.tokens.dims[1] == (POSITION,) and len(given[1].shape) == 1:
         return _cut(op, x, 1, (1, given[1].node))
     if list(given) != [0, 1] or x.tokens.dims[:2] != ((ROW,), (POSITION,)):

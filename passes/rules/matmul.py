@@ -163,7 +163,9 @@ def sdpa_rule(
         return refuse("token_mixing", "attention between tokens and something that isn't computed from them")
     if q.tokens.dims[-2] != (POSITION,):
         if dropout_p and op.dropout != "shared":
-            return refuse("randomness", f"attention dropout with p={dropout_p}", "set it to 0 or call model.eval()")
+            return refuse(
+                "randomness", f"attention dropout with p={dropout_p}", "set it to 0 or call model.eval()"
+            )
         return _token_local_attention(op, q, k, v, mask)
     if k.tokens.dims[-2] != (POSITION,) or v.tokens.dims[-2] != (POSITION,):
         return refuse("token_mixing", "attention whose keys aren't the positions of the queries")
@@ -218,7 +220,8 @@ register(einsum_rule, aten.einsum.default)
 register(sdpa_rule, aten.scaled_dot_product_attention.default)
 register(
     recurrent_rule, aten.conv1d, aten.conv2d, aten.convolution, aten._convolution, aten.lstm, aten.gru, aten.rnn_tanh,
-    aten.rnn_relu, aten.unfold, aten.im2col, aten.max_pool1d, aten.avg_pool1d, aten.index_put, aten.index_add, aten.index_copy, aten.searchsorted, aten.cdist, aten.cov,
+    aten.rnn_relu, aten.unfold, aten.im2col, aten.max_pool1d, aten.avg_pool1d, aten.index_put, aten.index_add,
+    aten.index_copy, aten.searchsorted, aten.cdist, aten.cov,
     aten.corrcoef, aten.outer, aten.kron, aten.tril, aten.triu, aten.diagonal, aten.trace, aten.adaptive_avg_pool1d,
     aten.linalg_solve, aten.fft_fft, aten.fft_rfft, aten.fft_fft2, aten.fft_fftn, aten.stft,
 )  # fmt: skip

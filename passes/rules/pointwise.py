@@ -96,7 +96,8 @@ POINTWISE = (
     aten.resolve_conj, aten.lerp, aten.addcmul, aten.addcdiv, aten.nan_to_num, aten.special_expit, aten.isfinite,
     aten.isnan, aten.isinf, aten.true_divide, aten.floor_divide, aten.remainder, aten.logical_and, aten.logical_or,
     aten.logical_not, aten.logical_xor, aten.__and__, aten.__or__, aten.__xor__, aten.rsub, aten.float_power,
-    aten.multiply, aten.divide.Tensor, aten.divide.Scalar, aten.subtract, aten.negative, aten.absolute, aten.heaviside, aten.copysign, aten.sgn, aten.maximum, aten.minimum,
+    aten.multiply, aten.divide.Tensor, aten.divide.Scalar, aten.subtract, aten.negative, aten.absolute,
+    aten.heaviside, aten.copysign, aten.sgn, aten.maximum, aten.minimum,
 )  # fmt: skip
 
 for packet in POINTWISE:

@@ -23,7 +23,19 @@ from torch import fx
 from ..graph import bound_args
 from ..layout import Numbers, Sorted, is_token_factor, plain
 from ..reasons import Unsupported
-from .common import PROLOGUE, WEIGHT, Op, Operand, Outcome, Rule, overloads_of, refuse, register, register_named, same_size
+from .common import (
+    PROLOGUE,
+    WEIGHT,
+    Op,
+    Operand,
+    Outcome,
+    Rule,
+    overloads_of,
+    refuse,
+    register,
+    register_named,
+    same_size,
+)
 from .reductions import along_rule
 
 aten = torch.ops.aten
@@ -67,7 +79,12 @@ def inverse_put_rule(
 ) -> Outcome | Unsupported:
     """`inverse[permutation] = arange(n)`: every entry is written, so it doesn't matter what was there before."""
     (permutation,) = indices if len(indices) == 1 else (None,)
-    if permutation is None or accumulate or not _is_permutation(permutation) or not _counts_up(values, permutation):
+    if (
+        permutation is None
+        or accumulate
+        or not _is_permutation(permutation)
+        or not _counts_up(values, permutation)
+    ):
         return refuse("token_mixing", f"`{op.name}` writes to numbers of sorted tokens")
     return _inverse(permutation, "inverse", permutation.node)
 
@@ -90,13 +107,20 @@ def _counts_up(o: Operand, like: Operand) -> bool:
 def token_of_entry_rule(op: Op, x: Operand, divisor: Any, **kwargs: Any) -> Outcome | Unsupported:
     """`permutation // k`: the numbers of the tokens, where every token has k entries next to each other."""
     into = x.tokens.holds.into if isinstance(x, Operand) and x.tokens.holds else ()
-    if not _is_permutation(x) or kwargs.get("rounding_mode", "floor") != "floor" or not isinstance(divisor, int):
+    if (
+        not _is_permutation(x)
+        or kwargs.get("rounding_mode", "floor") != "floor"
+        or not isinstance(divisor, int)
+    ):
         return refuse("token_mixing", f"`{op.name}` computes with numbers of sorted tokens")
     size, kept = 1, list(into)
     while kept and size != divisor and not is_token_factor(kept[-1]):
         size *= kept.pop()
     if size != divisor or not kept:
-        return refuse("token_mixing", f"the number of a sorted entry is divided by {divisor}, not the entries of a token")
+        return refuse(
+            "token_mixing",
+            f"the number of a sorted entry is divided by {divisor}, not the entries of a token",
+        )
     assert x.tokens.holds is not None
     return Outcome(x.tokens.with_dims(x.tokens.dims, Numbers("index", x.tokens.holds.by, tuple(kept))))
 
@@ -116,7 +140,11 @@ def take_rule(op: Op, x: Operand, indices: Sequence[Operand | None]) -> Outcome 
 
 def take_dim_rule(op: Op, x: Operand, dim: int, index: Operand) -> Outcome | Unsupported:
     """index_select along the first dim."""
-    return take_rule(op, x, [index]) if dim == 0 else refuse("token_mixing", "numbers of tokens pick along another dim")
+    return (
+        take_rule(op, x, [index])
+        if dim == 0
+        else refuse("token_mixing", "numbers of tokens pick along another dim")
+    )
 
 
 def add_to_tokens_rule(
@@ -127,7 +155,11 @@ def add_to_tokens_rule(
     if dim != 0 or holds is None or holds.what != "index" or x.layout is None or source.layout is None:
         return refuse("token_mixing", f"`{op.name}` with numbers of sorted tokens")
     fits = x.tokens.dims[0] == holds.into and source.tokens.dims[0] == index.tokens.dims[0]
-    if not fits or x.tokens.dims[1:] != source.tokens.dims[1:] or x.tokens.selection is not index.tokens.selection:
+    if (
+        not fits
+        or x.tokens.dims[1:] != source.tokens.dims[1:]
+        or x.tokens.selection is not index.tokens.selection
+    ):
         return refuse("token_mixing", f"`{op.name}` adds to other tokens")
     return Outcome(x.tokens)
 
@@ -168,7 +200,7 @@ _ARGSORTS = {aten.argsort.default, aten.argsort.stable}
 def _is_item(node: fx.Node, index: int) -> bool:
     """Values (0) or permutation (1) of a sort."""
     source = node.args[0] if node.op == "call_function" and len(node.args) == 2 else None
-    return isinstance(source, fx.Node) and source.target in _SORTS and node.args[1] == index
+    return isinstance(source, fx.Node) and source.target in _SORTS and bool(node.args[1] == index)
 
 
 def _sort_of(node: Any) -> Any:
@@ -203,12 +235,23 @@ def grouped_mm_rule(
     op: Op, x: Operand, weight: Operand, offsets: Operand | None = None, bias: Any = None, *_: Any
 ) -> Outcome | Unsupported:
     """Row i times the matrix of its group; the groups are those of the sort that ordered x."""
-    if offsets is None or bias is not None or offsets.layout is None or x.layout is None or weight.kind != WEIGHT:
+    if (
+        offsets is None
+        or bias is not None
+        or offsets.layout is None
+        or x.layout is None
+        or weight.kind != WEIGHT
+    ):
         return refuse("token_mixing", f"`{op.name}` of something other than sorted tokens with weights")
     holds, dim = offsets.tokens.holds, x.tokens.dims[0]
     if holds is None or holds.what != "offsets" or len(x.shape) != 2 or len(weight.shape) != 3:
         return refuse("token_mixing", f"`{op.name}` with offsets that aren't those of sorted tokens")
-    if len(dim) != 1 or not isinstance(dim[0], Sorted) or dim[0].by is not holds.by or _is_descending(holds.by):
+    if (
+        len(dim) != 1
+        or not isinstance(dim[0], Sorted)
+        or dim[0].by is not holds.by
+        or _is_descending(holds.by)
+    ):
         return refuse("token_mixing", f"`{op.name}` with the offsets of other tokens")
     if x.tokens.is_token_dim(1) or not same_size(weight.shape[0], offsets.shape[0]):
         return refuse("token_mixing", f"`{op.name}` has not one matrix for each group")

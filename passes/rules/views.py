@@ -103,7 +103,12 @@ def expand_rule(op: Op, x: Operand, *_: Any, **__: Any) -> Outcome | Unsupported
 
 def expand_as_rule(op: Op, x: Operand, other: Operand) -> Outcome | Unsupported:
     """`other` gives its sizes only; a value computed from inputs alone would have to be expanded on the dense batch."""
-    if isinstance(x, Operand) and x.kind == WEIGHT and isinstance(other, Operand) and other.layout is not None:
+    if (
+        isinstance(x, Operand)
+        and x.kind == WEIGHT
+        and isinstance(other, Operand)
+        and other.layout is not None
+    ):
         found = broadcast([x, other])
         return found if isinstance(found, Unsupported) else Outcome(found[0])
     if not isinstance(x, Operand) or x.layout is None:
@@ -134,7 +139,6 @@ def cat_rule(op: Op, tensors: Sequence[Operand], dim: int = 0) -> Outcome | Unsu
             return refuse(
                 "kv_cache",
                 "keys or values are appended to others that the caller gave",
-                "pass use_cache=False",
             )
         return mixing(worst.tokens, [dim], "cat")
     others = [_without(t, dim) for t in operands_in(tensors)]
@@ -204,7 +208,9 @@ def repeat_rule(op: Op, x: Operand, repeats: Sequence[Any]) -> Outcome | Unsuppo
         dim = x.tokens.dims[d - offset] if d >= offset else ()
         if any(map(is_token_factor, dim)) and times != 1:
             if not isinstance(times, int) or times < 1:
-                return refuse("size_as_number", f"`{op.name}` repeats tokens as often as the batch's size says")
+                return refuse(
+                    "size_as_number", f"`{op.name}` repeats tokens as often as the batch's size says"
+                )
             dims.append((times, *dim))
         else:
             dims.append(dim if times == 1 else plain(op.shape[d]))
@@ -216,7 +222,9 @@ def repeat_interleave_rule(
 ) -> Outcome | Unsupported:
     """Copies of a token dim, next to each other, get a factor of their own, innermost."""
     if dim is None or not isinstance(repeats, int) or repeats < 1:
-        return refuse("row_mixing", "repeat_interleave of a whole tensor, or as often as the batch's size says")
+        return refuse(
+            "row_mixing", "repeat_interleave of a whole tensor, or as often as the batch's size says"
+        )
     dims = list(x.tokens.dims)
     dims[dim] = (*dims[dim], *plain(repeats)) if x.tokens.is_token_dim(dim) else plain(op.shape[dim])
     return Outcome(x.tokens.with_dims(dims))

@@ -8,7 +8,19 @@ import torch
 
 from ..layout import Dim, TokenLayout, is_token_factor, plain
 from ..reasons import Unsupported
-from .common import PROLOGUE, STREAM, Op, Operand, Outcome, aligned_dims, mixing, refuse, register, same_selection, same_size
+from .common import (
+    PROLOGUE,
+    STREAM,
+    Op,
+    Operand,
+    Outcome,
+    aligned_dims,
+    mixing,
+    refuse,
+    register,
+    same_selection,
+    same_size,
+)
 
 aten = torch.ops.aten
 
@@ -69,8 +81,12 @@ def _merged(op: Op, parts: list[Operand], dim: int, written: Dim) -> Outcome | U
         own = tuple(plain(s) if d == dim else dims[d] for d, s in enumerate(o.shape))
         whole = all(same_size(s, _size(layout, d)) for d, s in enumerate(o.shape) if layout.is_token_dim(d))
         if o.kind != PROLOGUE or not whole or not aligned_dims(o.shape, layout) or not selection.is_whole:
-            return refuse("row_layout", f"`{op.name}` joins tokens with a value that has none", operand=o.node)
-        columns[o.node] = tuple(d if any(map(is_token_factor, d)) else plain(s) for d, s in zip(own, o.shape, strict=True))
+            return refuse(
+                "row_layout", f"`{op.name}` joins tokens with a value that has none", operand=o.node
+            )
+        columns[o.node] = tuple(
+            d if any(map(is_token_factor, d)) else plain(s) for d, s in zip(own, o.shape, strict=True)
+        )
     return Outcome(layout, columns)
 
 
