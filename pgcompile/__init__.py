@@ -8,13 +8,15 @@ before it, and runs the graph once per distinct token. Where that can't be prove
 
 from .backend import pgcompile
 from .check import CheckError
+from .errors import EngineError
 from .optimize import explain, optimize
 from .options import Options
-from .report import Explanation, FallbackError
+from .passes.reasons import FallbackReason
+from .report import BatchReport, Explanation, FallbackError, GraphReport
 from .stats import Stats, reset_stats, stats
 
 __version__ = "0.1.0"
 __all__ = [
-    "CheckError", "Explanation", "FallbackError", "Options", "Stats", "explain", "optimize", "pgcompile", "reset_stats",
-    "stats",
+    "BatchReport", "CheckError", "EngineError", "Explanation", "FallbackError", "FallbackReason", "GraphReport",
+    "Options", "Stats", "explain", "optimize", "pgcompile", "reset_stats", "stats",
 ]  # fmt: skip

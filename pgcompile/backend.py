@@ -18,8 +18,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
+from .columns import DenseCall, batch_sizes, rows_first
 from .cost import MIN_SAVING, Cost, count_work
 from .engines.choose import choose
+from .errors import backward_failures, belongs_to_caller
 from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
 from .modes import GlobalModes, modes
 from .options import Options
@@ -27,7 +29,7 @@ from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.layout import POSITION, ROW, Dim
 from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import Unsupported
-from .plan import DenseCall, Plan, batch_sizes, build_plan, kept_elements, rows_first
+from .plan import Plan, build_plan, kept_elements
 from .report import AttentionReport, BatchReport, FallbackError, GraphReport, describe, log
 
 # Reports go to the collector of the `explain` call that compiled the graph, if there is one.
@@ -125,9 +127,13 @@ class PackedCall:
         self.families: dict[Any, Family] = {}
         self.unchecked = options.check
         self.warned: set[str] = set()
+        self.failures = backward_failures()
 
     def __call__(self, *args: Any) -> Any:
         report = BatchReport(self.index)
+        if self.failures != backward_failures():
+            self.failures = backward_failures()
+            return self._run_dense(args, report, "engine_error", "the backward pass before this call failed")
         modes = GlobalModes()
         try:
             results, plan = self._plan(args, report)
@@ -135,13 +141,15 @@ class PackedCall:
         except DenseCall as reason:
             return self._run_dense(args, report, reason.kind, reason.explanation)
         except Exception as error:
-            _pass_through(error)
+            if belongs_to_caller(error):
+                raise
             return self._run_dense(args, report, "internal_error", f"{type(error).__name__}: {error}", error)
         try:
             packed = call(*inputs)
             outputs = self._late(args, results, packed, plan)
         except Exception as error:
-            _pass_through(error)
+            if belongs_to_caller(error):
+                raise
             modes.restore()  # the graph may have stopped between two switches
             return self._run_dense(args, report, "engine_error", f"{type(error).__name__}: {error}", error)
         report.decision = "packed"
@@ -255,12 +263,3 @@ def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
         if ROW in dim and holder not in dim:
             packed = packed.unsqueeze(i)
     return packed
-
-
-def _pass_through(error: BaseException) -> None:
-    """Out of memory and device errors are the caller's: running the original would only hide them."""
-    accelerator_error = getattr(torch, "AcceleratorError", None)
-    if isinstance(error, torch.OutOfMemoryError) or (
-        accelerator_error and isinstance(error, accelerator_error)
-    ):
-        raise error

@@ -25,6 +25,7 @@ from torch.library import Library
 from .engines import ENGINES
 from .engines.choose import choose
 from .engines.reference import compute_dtype
+from .errors import raises_engine_error
 
 # Elements of the float32 temporaries when a half-precision gradient is summed: 128 MiB, a slice of columns
 # large enough that launching kernels costs nothing, and small beside the activations of a training step.
@@ -120,6 +121,7 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
     return dq, dk, dv, None, None, None, [None] * valid, [None] * same, None, None, None
 
 
+@raises_engine_error
 def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv) from out and lse, which follow v in the forward's arguments; no probabilities are kept."""
     *args_before_engine, engine = args
@@ -150,6 +152,7 @@ def _gather_tokens(x: Tensor, index_M: Tensor) -> Tensor:
     return out.masked_fill_(hole_M.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
+@raises_engine_error
 def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> Tensor:
     """Sum of the gradients of each token's copies, `[T, ...]`: deterministic, in float32, cast once."""
     grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
@@ -220,6 +223,7 @@ def _gather_entries(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) -> Tensor:
     return x_TV[index_M.clamp_min(0)[:, None], column_MN.masked_fill(hole_M1, 0)].masked_fill_(hole_M1, 0)
 
 
+@raises_engine_error
 def _gather_entries_backward(
     grad_MN: Tensor, index_M: Tensor, column_MN: Tensor, num_tokens: int, vocab: int
 ) -> Tensor:

@@ -961,6 +961,38 @@ def test_a_failure_of_one_call_is_over_with_it(monkeypatch):
     assert (pgcompile.stats().dense, pgcompile.stats().packed) == (1, 1)
 
 
+def break_backward(monkeypatch, error):
+    for engine in engine_table.ENGINES.values():
+        monkeypatch.setattr(engine, "attention_backward", raising(error))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_failing_backward_is_an_engine_error_and_the_next_call_runs_as_written(inner, monkeypatch):
+    model, batch = zoo(), batch_of()
+    fast = compiled(model, {"inner": inner})
+    with monkeypatch.context() as patch:
+        break_backward(patch, Seeded)
+        with pytest.raises(pgcompile.EngineError, match="seeded failure") as caught:
+            fast(batch.input_ids).sum().backward()
+    assert isinstance(caught.value.__cause__, Seeded)
+    model.zero_grad()
+    for dense in (1, 1):  # the next call, and no other one
+        assert_equals_eager(fast, model, batch)
+        assert pgcompile.stats().dense == dense
+    assert pgcompile.stats().packed == 2
+
+
+def test_running_out_of_memory_in_backward_passes_through(monkeypatch):
+    model, batch = zoo(), batch_of()
+    fast = compiled(model)
+    with monkeypatch.context() as patch:
+        break_backward(patch, torch.OutOfMemoryError)
+        with pytest.raises(torch.OutOfMemoryError, match="seeded failure"):
+            fast(batch.input_ids).sum().backward()
+    assert_equals_eager(fast, model, batch)
+    assert pgcompile.stats().dense == 0
+
+
 def test_inner_fallback_runs_refused_graphs_compiled(monkeypatch):
     compiled_graphs = []
     original = inner.compile_inner

@@ -9,14 +9,22 @@ comparison runs through). Numpy does this work on one thread, whatever the numbe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-from pgcompile.prefix_tree import PrefixTree, build_prefix_tree, encode_columns
+from pgcompile.passes import PASSES
+from pgcompile.passes.packed_graphs import PackedGraphs
+from pgcompile.passes.pipeline import Compilation, run_passes
+from pgcompile.plan import build_plan
+from pgcompile.prefix_tree import build_prefix_tree, encode_columns
 
 ROWS, POSITIONS, VOCABULARY, SEGMENT_IDS, GROUP = 128, 8192, 151_936, 10, 16
 
@@ -44,32 +52,68 @@ def best_ms(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
     return min(times[1:]), float(np.median(times[1:]))
 
 
-def plan(columns: list[np.ndarray], first: np.ndarray, end: np.ndarray) -> PrefixTree:
-    """Everything that is timed: key columns to prefix tree."""
-    return build_prefix_tree(encode_columns(columns), first, end)
+class Model(nn.Module):
+    """One attention that reads four integer columns: ids, positions, document numbers and a padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.embed_position = nn.Embedding(VOCABULARY, 2), nn.Embedding(POSITIONS, 2)
+
+    def forward(self, ids: Tensor, positions: Tensor, documents: Tensor, mask: Tensor) -> Tensor:
+        x = (self.embed(ids) + self.embed_position(positions))[:, None]
+        at = torch.arange(ids.shape[1])
+        allowed = (at[None, :] <= at[:, None]) & (documents[:, None, :, None] == documents[:, None, None, :])
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=allowed & mask.bool()[:, None, None, :])
+
+
+class Captured(Exception):
+    """The inputs are known; the model needn't run."""
+
+
+def planned(inputs: tuple[Tensor, ...]) -> tuple[PackedGraphs, Any]:
+    """The model's packed graphs, and the prologue's results for a batch."""
+    found: list[Any] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        compilation = run_passes(PASSES, Compilation(gm, "fallback", False, "auto"), (), None)
+        assert compilation.graphs is not None, compilation.reasons
+
+        def run(*args: Any) -> Any:
+            found.extend((compilation.graphs, args))
+            raise Captured
+
+        return run
+
+    torch._dynamo.reset()
+    with contextlib.suppress(Captured):
+        torch.compile(Model(), backend=backend, dynamic=True)(*inputs)
+    graphs, args = found
+    return graphs, graphs.prologue(*args)
 
 
 def main() -> None:
-    """Print one line per batch: encode, tree and both."""
-    parser = argparse.ArgumentParser(description="Time encode_columns and build_prefix_tree.")
+    """Print one line per batch: encode, tree, and the whole plan, masks and padding included."""
+    parser = argparse.ArgumentParser(description="Time the planning of a batch.")
     parser.add_argument("--repeats", type=int, default=15, help="timed calls after one warm-up call")
     repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     positions = np.tile(np.arange(POSITIONS), (ROWS, 1))
     segment_ids = positions * SEGMENT_IDS // POSITIONS
     mask = np.ones((ROWS, POSITIONS), dtype=np.int64)
-    mask[:, POSITIONS // 2] = 0  # a hole, so that the column isn't constant
+    mask[::2, -POSITIONS // 16 :] = 0
     first, end = np.zeros(ROWS, dtype=np.int64), np.full(ROWS, POSITIONS)
     print(f"{ROWS} x {POSITIONS}, 4 int64 columns, least (median) of {repeats} in ms")
     for name, ids in batches(rng).items():
         columns = [ids, positions, segment_ids, mask]
         codes = encode_columns(columns)
+        graphs, results = planned(tuple(torch.from_numpy(c) for c in columns))
+        tokens = build_plan(graphs, results, keep_all=False).tokens
         stages: dict[str, Callable[[], Any]] = {
             "encode": partial(encode_columns, columns),
             "tree": partial(build_prefix_tree, codes, first, end),
-            "both": partial(plan, columns, first, end),
+            "plan": partial(build_plan, graphs, results, keep_all=False),
         }
-        tokens = build_prefix_tree(codes, first, end).tokens
         times = {stage: best_ms(call, repeats) for stage, call in stages.items()}
         cells = [f"{stage} {least:5.1f} ({median:5.1f})" for stage, (least, median) in times.items()]
         print(f"{name:28s} T={tokens:8d}  " + "  ".join(cells))

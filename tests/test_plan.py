@@ -1,0 +1,106 @@
+"""Planning reads columns where the batch is, and waits for the device once: to bring them to the host.
+
+A CPU stands in for the device: whatever makes a CUDA call wait (a number or a truth value of a tensor, an operation
+whose result has a size that depends on values) is an operation that a dispatch mode sees here too.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pgcompile import columns
+from pgcompile.passes import PASSES
+from pgcompile.passes.pipeline import Compilation, run_passes
+from pgcompile.plan import build_plan
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
+
+
+class SeesWaits(TorchDispatchMode):
+    """Collects the operations that would make a device wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for i in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in WAITS or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Attends(nn.Module):
+    """Embeddings, one attention with a mask of `allowed(mask, positions)`, and a loss-like sum over valid tokens."""
+
+    def __init__(self, allowed):
+        super().__init__()
+        self.embed, self.allowed = nn.Embedding(32, 8), allowed
+
+    def forward(self, ids, mask):
+        x = self.embed(ids)[:, None]
+        out = F.scaled_dot_product_attention(
+            x, x, x, attn_mask=self.allowed(mask, torch.arange(ids.shape[1]))
+        )
+        return out[:, 0] * (mask if mask.dim() == 2 else torch.ones_like(ids))[..., None]
+
+
+def causal(p):
+    return p[None, :] <= p[:, None]
+
+
+MASKS = {
+    "padding": (lambda mask, p: causal(p) & mask.bool()[:, None, None, :], 2),
+    "padding and window": (
+        lambda mask, p: causal(p) & (p[:, None] - p[None, :] < 4) & mask.bool()[:, None, None, :],
+        2,
+    ),
+    "data": (lambda mask, p: mask, 4),
+}
+
+
+def graphs_of(model, *args):
+    found = []
+
+    def backend(gm, _):
+        compilation = run_passes(PASSES, Compilation(gm, "fallback", False, "auto"), (), None)
+        assert not compilation.reasons, compilation.reasons
+        found.append((compilation.graphs, compilation.graphs.prologue))
+        return lambda *inputs: (found.append(inputs), gm(*inputs))[1]
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(*args)
+    (graphs, prologue), inputs = found
+    return graphs, prologue(*inputs)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_one_copy_to_the_host_and_no_other_wait(kind, monkeypatch):
+    allowed, dims = MASKS[kind]
+    ids = torch.randint(32, (4, 12))
+    mask = torch.ones(4, 12, dtype=torch.int64)
+    mask[1:3, 9:] = 0
+    if dims == 4:
+        mask = (causal(torch.arange(12)) & mask.bool()[:, None, :])[:, None]
+    graphs, results = graphs_of(Attends(allowed), ids, mask)
+    copies, original = [], columns._to_host
+    monkeypatch.setattr(columns, "_to_host", lambda tensors: (copies.append(1), original(tensors))[1])
+    with SeesWaits() as mode:
+        plan = build_plan(graphs, results, keep_all=True)
+    assert plan.tokens > 0 and len(copies) == 1
+    assert mode.seen == []
+
+
+def test_the_mode_sees_waits():
+    x = torch.arange(4)
+    with SeesWaits() as mode:
+        assert bool((x > 2).any())
+        x[x > 2] = 0
+        x.nonzero()
+    assert mode.seen == ["_local_scalar_dense", "index_put_", "nonzero"]
