@@ -6,10 +6,10 @@ turns each into a `FallbackReason` that a user can act on (docs/fallbacks.md has
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import fx
 
 KINDS: dict[str, str] = {
@@ -137,16 +137,19 @@ class FallbackReason:
         return f"{self.kind}{op}{where}: {self.explanation}{hint}"
 
 
-_TORCH = str(Path(torch.__file__).parent)
+# Frames that aren't the user's: torch's, and pgcompile's own.
+_NOT_USERS = tuple(
+    str(Path(str(sys.modules[name].__file__)).parent) for name in ("torch", __name__.partition(".")[0])
+)
 
 
 def source_line(node: fx.Node) -> str:
-    """`file:line in function: code` of the innermost frame outside of torch that made `node`, or ""."""
+    """`file:line in function: code` of the innermost frame outside of torch and pgcompile that made `node`, or ""."""
     trace = (node.meta.get("stack_trace") or "").strip()
     frames = [part for part in trace.split('File "') if part.strip()]
     if not frames:
         return ""
-    users = [frame for frame in frames if not frame.startswith(_TORCH)]
+    users = [frame for frame in frames if not frame.startswith(_NOT_USERS)]
     head, *code = (users or frames)[-1].splitlines()
     path, _, rest = head.partition('", line ')
     line, _, function = rest.partition(", in ")

@@ -348,6 +348,25 @@ def differences(actual: Result, expected: Result, tol: float, gradient_tol: floa
     return lines
 
 
+def assert_no_worse_than_eager(
+    tensors_of: Callable[[str, int], dict[str, torch.Tensor]], eps: float, seeds: int = 5
+) -> None:
+    """Relative L2 error of every tensor against float64: at most twice eager's, or `eps`; median over the seeds.
+
+    tensors_of: ("truth" | "eager" | "compiled", seed) -> tensors by name.
+    """
+    ratios: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        truth, eager, mine = (tensors_of(side, seed) for side in ("truth", "eager", "compiled"))
+        for name, want in truth.items():
+            own, error = ((side[name].double() - want).norm() / want.norm() for side in (eager, mine))
+            ratios.setdefault(name, []).append((error / max(2 * own, eps)).item())
+    medians = {name: sorted(values)[seeds // 2] for name, values in ratios.items()}
+    assert medians and all(ratio <= 1 for ratio in medians.values()), {
+        name: ratio for name, ratio in medians.items() if ratio > 1
+    }
+
+
 def compiled(
     call: Callable,
     options: Mapping[str, Any] | None = None,

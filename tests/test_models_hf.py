@@ -1,10 +1,15 @@
 """Twelve transformers models, unchanged: packed, exact to float64, one token per distinct prefix."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
+import pgcompile
 from harness import (
     BACKEND,
+    assert_no_worse_than_eager,
     assert_same,
     brute_force_packed_tokens,
     compiled,
@@ -258,6 +263,41 @@ def test_float64_everywhere_really_promotes(name):
     assert plain.loss.dtype == torch.float32
     assert torch.float32 in dtypes_in_graphs(model, kwargs)
     assert 1e-10 < (promoted.loss - plain.loss).abs().item() < 1e-5
+
+
+@pytest.mark.parametrize("where", ["around the compiled model", "inside of the compiled function"])
+def test_autocast(where):
+    """bfloat16 autocast, the cache left at its default."""
+    model = build("llama").float()
+    truth_model = copy.deepcopy(model).double()
+
+    def forward(m, inputs):
+        if where.startswith("around"):
+            return m(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(**inputs).logits
+
+    fast = compiled(functools.partial(forward, model))
+
+    def tensors(side, seed):
+        batch = random_tree_batch(**BATCHES["right"], vocab=VOCAB, seed=seed)
+        owner = truth_model if side == "truth" else model
+        owner.zero_grad(set_to_none=True)
+        if side == "truth":
+            with float64_everywhere():
+                logits = truth_model(**batch.inputs).logits
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=where.startswith("around")):
+                logits = fast(batch.inputs) if side == "compiled" else forward(model, batch.inputs)
+        logits = logits * batch.kept[..., None]
+        logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)[..., 3].sum().backward()
+        return {"logits": logits.detach()} | {n: p.grad for n, p in owner.named_parameters()}
+
+    if BACKEND == "pgcompile":
+        pgcompile.reset_stats()
+    assert_no_worse_than_eager(tensors, torch.finfo(torch.bfloat16).eps)
+    if BACKEND == "pgcompile":
+        assert (pgcompile.stats().packed, pgcompile.stats().dense, pgcompile.stats().eager) == (5, 0, 0)
 
 
 def test_packed_llama_is_eager_to_twelve_digits():
