@@ -11,6 +11,7 @@ from .canonicalize import canonicalize
 from .functionalize import functionalize
 from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
+from .reroll import reroll
 from .verify import fake_inputs
 
 # A graph whose work is mostly behind something that couldn't be packed is better off as it was.
@@ -37,6 +38,12 @@ def functionalize_pass(c: Compilation) -> None:
     """In-place operations on the graph's own values → out of place."""
     assert c.aten is not None
     functionalize(c.aten)
+
+
+def reroll_pass(c: Compilation) -> None:
+    """Unrolled loops over rows or chunks → one operation."""
+    assert c.aten is not None
+    reroll(c.aten)
 
 
 def analyse_pass(c: Compilation) -> None:
@@ -96,6 +103,7 @@ PASSES: tuple[Pass, ...] = (
     aten_pass,  # before all that reads operations
     canonicalize_pass,  # before what asks what depends on what
     functionalize_pass,  # before the analysis, which refuses writes
+    reroll_pass,  # after writes are gone, which lanes must not make
     analyse_pass,
     attention_pass,  # after layouts, which tell queries from keys
     padding_pass,  # after the analysis, which says what is late

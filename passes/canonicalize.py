@@ -8,17 +8,28 @@ Otherwise a table computed from positions would seem to be computed from tokens,
 And a lookup in a parameter is one, however it is spelled:
 
     weight[ids]           →  embedding(weight, ids), negative ids counted from the end
+
+Broadcasting and losses have one spelling, too:
+
+    broadcast_tensors([x, y])[0]              →  x, or expand(x, …)
+    cross_entropy_loss(x[N, V, S], t[N, S])   →  cross_entropy_loss(x[N·S, V], t[N·S])
+    kl_div(x, y, reduction=sum)               →  sum(sum(kl_div(x, y, reduction=none), -1))
+    mean(x[N, S, V])                          →  mean(mean(x, -1))
+
+so that what runs over the vocabulary can be computed for each distinct token, and what is unpacked is narrow.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, call, requires_grad, shape, val
+from .graph import aten, bound_args, call, requires_grad, same_size, schema_of, shape, sizes, val
+from .rules.losses import ELEMENTWISE_LOSSES
 
 
 def canonicalize(gm: fx.GraphModule) -> None:
@@ -34,6 +45,9 @@ def canonicalize(gm: fx.GraphModule) -> None:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.broadcast_tensors.default):
+        if not node.users:
+            gm.graph.erase_node(node)
     gm.recompile()
 
 
@@ -73,6 +87,80 @@ def _lookup(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     )
 
 
+def _broadcast_item(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    source, index = node.args
+    if not isinstance(source, fx.Node) or source.target is not aten.broadcast_tensors.default:
+        return None
+    (tensors,) = bound_args(source)[0]
+    x, result = tensors[index], shape(node)
+    new: list[Any] = []
+    for d, size in enumerate(reversed(result)):
+        if d < len(shape(x)) and same_size(shape(x)[-1 - d], size):
+            new.append(-1)
+        else:
+            new.append(
+                next(
+                    sizes(graph, t)[-1 - d]
+                    for t in tensors
+                    if same_size(((1,) * len(result) + shape(t))[-1 - d], size)
+                )
+            )
+    if new == [-1] * len(shape(x)):
+        return graph.call_function(aten.alias.default, (x,))
+    return graph.call_function(aten.expand.default, (x, new[::-1]))
+
+
+def _flat_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Classes in dim 1 of more than two, indices as targets: in dim 1 of two."""
+    x, target, *rest = bound_args(node)[0]
+    rank = len(shape(x))
+    if rank <= 2 or val(target).is_floating_point():
+        return None
+    last = call(graph, aten.permute.default, x, [0, *range(2, rank), 1])
+    flat = call(graph, aten.flatten.using_ints, last, 0, rank - 2)
+    flat_target = call(graph, aten.flatten.using_ints, target)
+    loss = call(graph, node.target, flat, flat_target, *rest)
+    return (
+        loss
+        if len(shape(node)) == 0
+        else graph.call_function(aten.view.default, (loss, sizes(graph, target)))
+    )
+
+
+def _total(mean: bool) -> Callable[[fx.Graph, fx.Node], fx.Node | None]:
+    def spell(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+        (x,), options = bound_args(node)
+        dtype = val(node).dtype
+        if len(shape(x)) < 3 or not dtype.is_floating_point or options.get("dtype") not in (None, dtype):
+            return None
+        return _in_two_steps(graph, x, mean, dtype)
+
+    return spell
+
+
+def _in_two_steps(graph: fx.Graph, x: fx.Node, mean: bool, dtype: torch.dtype) -> fx.Node:
+    """Over the last dim, then over the rest; in between, half precision isn't rounded."""
+    wide = torch.promote_types(dtype, torch.float32)
+    over_last = aten.mean.dim if mean else aten.sum.dim_IntList
+    over_rest = aten.mean.default if mean else aten.sum.default
+    if len(shape(x)) >= 3:
+        x = call(graph, over_last, x, [-1], dtype=wide)
+    total = call(graph, over_rest, x)
+    return total if val(total).dtype == dtype else graph.call_function(aten.to.dtype, (total, dtype))
+
+
+def _unreduced(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """A loss between two values of one shape, its reduction apart."""
+    args, options = bound_args(node)
+    schema = schema_of(node)
+    assert schema is not None
+    at = next(i for i, argument in enumerate(schema.arguments) if argument.name == "reduction")
+    if args[at] == 0:
+        return None
+    each = call(graph, node.target, *args[:at], 0, *args[at + 1 :], **options)
+    return _in_two_steps(graph, each, args[at] == 1, val(node).dtype)
+
+
 CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.type_as.default: _cast_like,
     aten.to.other: _cast_like,
@@ -81,4 +169,10 @@ CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.new_full.default: _filled(None),
     aten.new_empty.default: _empty,
     aten.index.Tensor: _lookup,
+    operator.getitem: _broadcast_item,
+    aten.cross_entropy_loss.default: _flat_loss,
+    aten.nll_loss_nd.default: _flat_loss,
+    aten.sum.default: _total(mean=False),
+    aten.mean.default: _total(mean=True),
+    **dict.fromkeys((getattr(aten, name).default for name in ELEMENTWISE_LOSSES), _unreduced),
 }

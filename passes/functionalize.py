@@ -30,6 +30,7 @@ from .graph import (
     mutated_args,
     same_size,
     shape,
+    sizes,
     val,
 )
 from .seeds import nodes_from_inputs_alone
@@ -121,15 +122,11 @@ class _Write:
                 return self.call(functional, *self.node.args)
             new = self.cast(new, val(target).dtype)
             return (
-                new if _same_shape(new, target) else self.call(aten.expand.default, new, self.sizes(target))
+                new
+                if _same_shape(new, target)
+                else self.call(aten.expand.default, new, sizes(self.graph, target))
             )
         return self.cast(self.call(functional, *self.node.args, **self.node.kwargs), val(target).dtype)
-
-    def sizes(self, node: fx.Node) -> list[Any]:
-        return [
-            s if isinstance(s, int) else self.call(aten.sym_size.int, node, d)
-            for d, s in enumerate(shape(node))
-        ]
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return node if val(node).dtype == dtype else self.call(aten.to.dtype, node, dtype)
@@ -245,7 +242,7 @@ def _undo_unsqueeze(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node)
 
 
 def _undo_reshape(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
-    return write.call(aten.reshape.default, new, write.sizes(parent))
+    return write.call(aten.reshape.default, new, sizes(write.graph, parent))
 
 
 def _undo_alias(write: _Write, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:

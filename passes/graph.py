@@ -16,6 +16,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from .reasons import Unsupported
 
@@ -130,7 +131,8 @@ def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A new node at the insertion point, with its fake value."""
     node = graph.call_function(target, args, kwargs)
     values, options = fx.map_arg((args, kwargs), val)
-    fakes = [v for n in node.all_input_nodes if isinstance(v := val(n), torch._subclasses.FakeTensor)]
+    inputs = tree_leaves([val(n) for n in node.all_input_nodes])
+    fakes = [v for v in inputs if isinstance(v, torch._subclasses.FakeTensor)]
     with fakes[0].fake_mode:
         node.meta["val"] = target(*values, **options)
     return node
@@ -144,6 +146,14 @@ def shape(node: Any) -> tuple[Any, ...]:
     """Sizes of a tensor node: ints and SymInts; `()` for numbers."""
     value = val(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """A tensor's sizes as arguments of a new node: numbers, and `sym_size` nodes at the insertion point."""
+    return [
+        s if isinstance(s, int) else call(graph, aten.sym_size.int, node, d)
+        for d, s in enumerate(shape(node))
+    ]
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -12,13 +12,14 @@ import copy
 import dataclasses
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from pgcompile.coverage.measure import named_tensors
+from pgcompile.coverage.precision import float64_everywhere as float64_everywhere
 
 # Set to "eager" or "aot_eager" to run the suites without pgcompile: every assertion about values must hold there too,
 # and every assertion about packing is skipped.
@@ -29,44 +30,6 @@ VALUE_TOLERANCE = 1e-10
 GRADIENT_TOLERANCE = 1e-9
 # Gradients that are zero in exact arithmetic (a key bias's) are rounding noise: judged against the model's largest.
 NEGLIGIBLE_GRADIENT = 1e-6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# float64
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _PromoteFloat32(TorchFunctionMode):
-    """Every torch call made under this mode reads `float32` as `float64`.
-
-    Dynamo traces a torch function mode by inlining it, so the graph that a backend receives says float64 as well, in
-    every model and library without naming their modules. It gets what follows a graph break wrong in torch 2.13, so
-    compile with `fullgraph=True` under this mode.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            return args[0].double()
-        if func is torch.Tensor.unflatten:  # written in Python with super(), which Dynamo cannot inline
-            return args[0].unflatten(*args[1:], **(kwargs or {}))
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def float64_everywhere() -> Iterator[None]:
-    """In-model casts to float32 (`.float()`, `.to(torch.float32)`, `softmax(dtype=torch.float32)`) give float64.
-
-    Enter it around tracing, forward and backward alike, eager and compiled alike. The default dtype is float64 too.
-    """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _PromoteFloat32():
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,23 +166,6 @@ class Report:
     eager: Result
     compiled: Result
     stats: Any
-
-
-def named_tensors(value: Any, name: str = "out") -> dict[str, torch.Tensor]:
-    """The tensors in nested tuples, lists, mappings and ModelOutputs; other objects (caches) are skipped."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    if isinstance(value, Mapping):
-        children = [(f"{name}.{key}", child) for key, child in value.items()]
-    elif isinstance(value, (tuple, list)):
-        children = [(f"{name}[{index}]", child) for index, child in enumerate(value)]
-    else:
-        children = []
-    return {
-        key: tensor
-        for child_name, child in children
-        for key, tensor in named_tensors(child, child_name).items()
-    }
 
 
 def _parameters(roots: Sequence[Any]) -> dict[str, torch.Tensor]:

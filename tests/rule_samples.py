@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pgcompile.passes.rules import RULES, pointwise_rule
+from pgcompile.passes.rules.losses import ELEMENTWISE_LOSSES
 
 aten = torch.ops.aten
 # Sizes of heads (3), of a head (4) and of the hidden state (6): test_rules.SIZES has batches where N or S is the same.
@@ -896,3 +897,16 @@ refuses(aten.cross_entropy_loss.default, stream(6, "S"), late(6, high=4, **ints)
 refuses(aten.cross_entropy_loss.default, stream("N*S*3", 6), late("N*S*3", high=6, **ints), late=True)
 refuses(aten.cross_entropy_loss.default, stream("S", 6), late("S", high=6, **ints), late=True)
 refuses(aten.nll_loss.default, stream("N*S", 6), late("N*S", high=6, **ints))
+
+for name in ELEMENTWISE_LOSSES:
+    loss = getattr(aten, name).default
+    names = [a.name for a in loss._schema.arguments]
+    defaults = {"log_input": True, "full": True, "eps": 1e-8, "reduction": 0, "beta": 1.0, "delta": 1.0}
+    rest = [defaults.get(n) for n in names[2:] if n != "log_target"]
+    for dims in [("N", "S", 6), ("N*S", 6), (6, "S", "N")]:
+        values = [stream(*dims), stream(*dims)]
+        if name == "binary_cross_entropy":  # of probabilities
+            values = [call(aten.sigmoid.default, value) for value in values]
+        packs(loss, *values, *rest)
+        refuses(loss, *values, *[2 if n == "reduction" else r for n, r in zip(names[2:], rest)])
+packs(aten.kl_div.default, stream("N", "S", 6), column("N", "S", 6), 0, log_target=True)

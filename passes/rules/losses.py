@@ -9,6 +9,7 @@ import torch
 from ..reasons import Unsupported
 from .common import PROLOGUE, STREAM, Op, Operand, Outcome, refuse, register
 from .indexing import has_one_wide_dim
+from .pointwise import pointwise_rule
 
 aten = torch.ops.aten
 
@@ -35,5 +36,20 @@ def _label_loss(op: Op, x: Operand, target: Operand) -> Outcome | Unsupported:
     return Outcome(x.tokens, action=op.name, detail=target.node)
 
 
+def elementwise_loss_rule(op: Op, *args: Any, **kwargs: Any) -> Outcome | Unsupported:
+    """Losses between two values of one shape, without a reduction (`canonicalize.py` has taken it off)."""
+    if len(op.shape) == 0:
+        return refuse("token_mixing", f"`{op.name}` is reduced over everything")
+    return pointwise_rule(op, *args, **kwargs)
+
+
+# kl_div and its kin: `reduction` is 0 (none), 1 (mean) or 2 (sum).
+ELEMENTWISE_LOSSES = (
+    "kl_div", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "soft_margin_loss", "poisson_nll_loss",
+)  # fmt: skip
+
+for name in ELEMENTWISE_LOSSES:
+    register(elementwise_loss_rule, getattr(aten, name).default)
 register(cross_entropy_rule, aten.cross_entropy_loss.default)
 register(nll_loss_rule, aten.nll_loss_nd.default, aten.nll_loss.default)

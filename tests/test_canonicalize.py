@@ -1,0 +1,81 @@
+"""One spelling for what has several: same values, and the operations that the rules know."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgcompile.passes.canonicalize import canonicalize
+from pgcompile.passes.graph import to_aten
+
+# name: function of x [3, 4, 5] and labels [3, 4]; operations that are gone; operations that are there
+SPELLINGS = {
+    "broadcast_tensors, both": (
+        lambda x, t: torch.broadcast_tensors(x[:, :1], t[..., None]), ["broadcast_tensors"], ["expand"],
+    ),
+    "broadcast_tensors, one already": (
+        lambda x, t: torch.broadcast_tensors(t[..., None], x)[1] * 2, ["broadcast_tensors"], ["alias"],
+    ),
+    "broadcast_tensors, new dims": (
+        lambda x, t: torch.broadcast_tensors(x[0], t[..., None])[0] * 2, ["broadcast_tensors"], ["expand"],
+    ),
+    "cross entropy of classes in dim 1": (
+        lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="none"), [], ["flatten", "cross_entropy_loss"],
+    ),
+    "cross entropy, mean, smoothed": (
+        lambda x, t: F.cross_entropy(x.transpose(1, 2), t, label_smoothing=0.1), [], ["flatten"],
+    ),
+    "nll loss, sum, ignored": (
+        lambda x, t: F.nll_loss(x.transpose(1, 2), t, reduction="sum", ignore_index=2), [], ["flatten"],
+    ),
+    "cross entropy against probabilities": (
+        lambda x, t: F.cross_entropy(x.transpose(1, 2), x.transpose(1, 2).softmax(1)), ["flatten"], [],
+    ),
+    "kl_div, sum": (
+        lambda x, t: F.kl_div(x, x.cos(), reduction="sum", log_target=True), [], ["kl_div", "sum", "sum"],
+    ),
+    "kl_div, batchmean": (lambda x, t: F.kl_div(x, x.exp(), reduction="batchmean"), [], ["kl_div", "sum", "sum"]),
+    "kl_div, none": (lambda x, t: F.kl_div(x, x.exp(), reduction="none"), ["sum", "mean"], ["kl_div"]),
+    "mse_loss, mean": (lambda x, t: F.mse_loss(x, x.sin()), [], ["mse_loss", "mean", "mean"]),
+    "mean of everything": (lambda x, t: x.mean(), [], ["mean", "mean"]),
+    "sum of everything, another dtype": (lambda x, t: x.sum(dtype=torch.float32), [], ["sum"]),
+    "sum of a matrix": (lambda x, t: x[0].sum(), [], ["sum"]),
+}  # fmt: skip
+
+
+def canonical(function, dynamic, dtype=torch.float64):
+    """What the canonical graph gives, what the function gives, and the graph's operations."""
+    names = []
+
+    def backend(gm, _):
+        traced = to_aten(gm)
+        canonicalize(traced)
+        traced.graph.lint()
+        names.extend(n.target._schema.name[6:] for n in traced.graph.nodes if hasattr(n.target, "_schema"))
+        return traced
+
+    x, labels = torch.randn(3, 4, 5, dtype=dtype), torch.randint(5, (3, 4))
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, dynamic=dynamic)(x, labels), function(x, labels), names
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spelling(name, dynamic):
+    function, gone, there = SPELLINGS[name]
+    found, expected, names = canonical(function, dynamic)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not set(gone) & set(names)
+    for operation in there:
+        assert names.count(operation) == there.count(operation) or operation in (
+            "flatten",
+            "expand",
+            "alias",
+        ), names
+
+
+@pytest.mark.parametrize("function", [torch.sum, torch.mean])
+def test_half_precision_is_rounded_once(function):
+    """Sums over the vocabulary stay in float32 until all is summed."""
+    found, expected, names = canonical(lambda x, t: function(x * 100), False, torch.bfloat16)
+    assert names.count(function.__name__) == 2
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
