@@ -131,7 +131,11 @@ def _total(mean: bool) -> Callable[[fx.Graph, fx.Node], fx.Node | None]:
     def spell(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         (x,), options = bound_args(node)
         dtype = val(node).dtype
-        if len(shape(x)) < 3 or not dtype.is_floating_point or options.get("dtype") not in (None, dtype):
+        if (
+            len(shape(x)) < 3
+            or not dtype.is_floating_point
+            or options.get("dtype") not in (None, val(x).dtype)
+        ):
             return None
         return _in_two_steps(graph, x, mean, dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from pgcompile import ops
-from pgcompile.engines import ENGINES, reference
+from pgcompile.engines import ENGINES, cpu, reference
 from pgcompile.engines.choose import choose
 
 INF = float("inf")
@@ -154,6 +154,12 @@ def test_helper_tree_is_what_the_op_documents():
     assert tree.segments.tolist() == [[0, 2, 5, 0, -1], [2, 3, 3, 2, 0], [3, 5, 5, 2, 0], [5, 6, 6, 0, -1]]
 
 
+@pytest.fixture(params=list(ENGINES))
+def engine(request):
+    """The contract is the same for all."""
+    return request.param
+
+
 SHAPES = {
     "plain": {},
     "gqa": {"heads": 6, "key_heads": 2},
@@ -166,19 +172,21 @@ SHAPES = {
 @pytest.mark.parametrize("block", [3, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_attention_equals_brute_force(seed, shape, block, window, masked, monkeypatch):
-    monkeypatch.setattr(reference, "QUERY_BLOCK", block)
+def test_attention_equals_brute_force(seed, shape, block, window, masked, monkeypatch, engine):
+    for module in (reference, cpu):
+        monkeypatch.setattr(module, "QUERY_BLOCK", block)
+    monkeypatch.setattr(cpu, "MASK_ELEMENTS", block * 4)
     tree = random_tree(seed)
     qkv = inputs(tree, **SHAPES[shape])
     mask = {"window": window, **(columns(tree, seed) if masked == "columns" else {})}
-    out, lse = attend(tree, *qkv, **mask)
+    out, lse = attend(tree, *qkv, **mask, engine=engine)
     expected_out, expected_lse = brute_force(tree, *qkv, **mask)
     torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
     assert lse.dtype == torch.float64
     assert (lse == -INF).any() == (masked == "columns"), "the columns must leave some query without a key"
     expected = gradients(lambda *x: brute_force(tree, *x, **mask)[0], qkv)
-    actual = gradients(lambda *x: attend(tree, *x, **mask)[0], qkv)
+    actual = gradients(lambda *x: attend(tree, *x, **mask, engine=engine)[0], qkv)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
 
@@ -186,25 +194,28 @@ def test_attention_equals_brute_force(seed, shape, block, window, masked, monkey
 @pytest.mark.parametrize(
     "rows", [[[1]], [[1], [2], [3]], [[1, 2, 3]]], ids=["one token", "single tokens", "one row"]
 )
-def test_attention_of_tiny_trees(rows):
+def test_attention_of_tiny_trees(rows, engine):
     tree = tree_of_rows(rows)
     qkv = inputs(tree)
     expected = gradients(lambda *x: brute_force(tree, *x)[0], qkv)
-    for a, e in zip(gradients(lambda *x: attend(tree, *x)[0], qkv), expected, strict=True):
+    for a, e in zip(gradients(lambda *x: attend(tree, *x, engine=engine)[0], qkv), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_queries_without_keys_get_zeros_and_no_nan(dtype):
+def test_queries_without_keys_get_zeros_and_no_nan(dtype, engine):
     tree = random_tree(2)
     qkv = [(50 * x).to(dtype) for x in inputs(tree)]
     nothing = torch.zeros(tree.tokens, dtype=torch.bool)
-    out, lse = attend(tree, *qkv, key_valid=[nothing])
+    out, lse = attend(tree, *qkv, key_valid=[nothing], engine=engine)
     assert (out == 0).all() and (lse == -INF).all()
-    assert all((g == 0).all() for g in gradients(lambda *x: attend(tree, *x, key_valid=[nothing])[0], qkv))
-    some = gradients(lambda *x: attend(tree, *x, **columns(tree))[0], qkv)
+    assert all(
+        (g == 0).all()
+        for g in gradients(lambda *x: attend(tree, *x, key_valid=[nothing], engine=engine)[0], qkv)
+    )
+    some = gradients(lambda *x: attend(tree, *x, **columns(tree), engine=engine)[0], qkv)
     assert all(g.isfinite().all() for g in some)
-    blind = attend(tree, *qkv, **columns(tree))[1][0, 0] == -INF
+    blind = attend(tree, *qkv, **columns(tree), engine=engine)[1][0, 0] == -INF
     assert (
         blind.any()
         and not blind.all()
@@ -213,19 +224,21 @@ def test_queries_without_keys_get_zeros_and_no_nan(dtype):
     )
 
 
-def test_attention_gradcheck():
+def test_attention_gradcheck(engine):
     tree = random_tree(3, rows=4, length=4)
     q, k, v = (x.requires_grad_() for x in inputs(tree, heads=4, value_size=3))
-    torch.autograd.gradcheck(lambda *x: attend(tree, *x, **columns(tree), window=3)[0], (q, k, v))
+    torch.autograd.gradcheck(
+        lambda *x: attend(tree, *x, **columns(tree), window=3, engine=engine)[0], (q, k, v)
+    )
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
-def test_attention_with_some_inputs_that_need_no_gradient(wanted):
+def test_attention_with_some_inputs_that_need_no_gradient(wanted, engine):
     tree = random_tree(0)
-    every = gradients(lambda *x: attend(tree, *x)[0], inputs(tree))[1:]
+    every = gradients(lambda *x: attend(tree, *x, engine=engine)[0], inputs(tree))[1:]
     qkv = [x.requires_grad_(i in wanted) for i, x in enumerate(inputs(tree))]
     generator = torch.Generator().manual_seed(1)
-    out, lse = attend(tree, *qkv)
+    out, lse = attend(tree, *qkv, engine=engine)
     assert out.requires_grad and not lse.requires_grad
     out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64))
     for i, x in enumerate(qkv):
@@ -234,7 +247,7 @@ def test_attention_with_some_inputs_that_need_no_gradient(wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_rounds_no_worse_than_sdpa(dtype):
+def test_attention_rounds_no_worse_than_sdpa(dtype, engine):
     """Trees of more than one block; truth is float64 on the rounded inputs, the yardstick is SDPA in the
     dtype.
     """
@@ -249,19 +262,22 @@ def test_attention_rounds_no_worse_than_sdpa(dtype):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=0.2, enable_gqa=True)
 
     truth = gradients(sdpa, [x.double() for x in qkv])
-    theirs, ours = gradients(sdpa, qkv), gradients(lambda *x: attend(tree, *x, scale=0.2)[0], qkv)
+    theirs, ours = (
+        gradients(sdpa, qkv),
+        gradients(lambda *x: attend(tree, *x, scale=0.2, engine=engine)[0], qkv),
+    )
     for name, t, a, b in zip(["out", "dq", "dk", "dv"], truth, ours, theirs, strict=True):
         our_error, their_error = (a.double() - t).abs().max(), (b.double() - t).abs().max()
         assert a.dtype == dtype and our_error <= 2 * their_error, (name, our_error, their_error)
 
 
-def test_attention_is_token_major_and_bit_equal_between_runs_and_strides():
+def test_attention_is_token_major_and_bit_equal_between_runs_and_strides(engine):
     tree = random_tree(5)
     qkv = [x.float() for x in inputs(tree, heads=4)]
-    first = gradients(lambda *x: attend(tree, *x)[0], qkv)
-    assert attend(tree, *qkv)[0].transpose(1, 2).is_contiguous()
+    first = gradients(lambda *x: attend(tree, *x, engine=engine)[0], qkv)
+    assert attend(tree, *qkv, engine=engine)[0].transpose(1, 2).is_contiguous()
     for other in (qkv, [x.contiguous() for x in qkv]):
-        again = gradients(lambda *x: attend(tree, *x)[0], other)
+        again = gradients(lambda *x: attend(tree, *x, engine=engine)[0], other)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

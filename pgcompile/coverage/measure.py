@@ -260,7 +260,7 @@ def _report(row: Row, reports: list[Any]) -> None:
     row.engine = ", ".join(dict.fromkeys(a.engine for a in attention))
     row.packed_tokens = max((b.packed_tokens for b in batches), default=0)
     found = [_reason_line(r) for g in graphs for r in g.fallbacks]
-    found += [b.why for b in batches if b.decision != "packed"] or (
+    found += [b.why.partition("\n")[0] for b in batches if b.decision != "packed"] or (
         [] if graphs else ["nothing was compiled"]
     )
     row.reasons = list(dict.fromkeys(found))

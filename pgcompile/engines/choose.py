@@ -15,9 +15,6 @@ def choose(engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
         return engine, "asked for by name"
     if engine == "auto":
         if device.type == "cpu" and dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return (
-                "cpu",
-                "ATen's flash kernel; `reference` where a window or a hole in the padding hides keys",
-            )
+            return "cpu", "ATen's flash kernel"
         return "reference", f"the only engine for {dtype} on {device.type}"
     raise ValueError(f"unknown attention engine {engine!r}: choose one of {', '.join(['auto', *ENGINES])}")

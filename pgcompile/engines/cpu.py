@@ -5,14 +5,15 @@ contiguous range in preorder. Partial results merge by log-sum-exp (Milakov and 
 arXiv 2402.05099, and FlashInfer's cascade do this for inference). Exactly the pairs of causal attention are computed.
 The backward needs no derivative of the merge: each call's backward runs with the merged out and lse.
 
-Calls of equal lengths are batched, so that many short answers cost one call. The kernel has no windows or masks of
-its own that would pay here: where a mask column hides a key, `reference` runs.
+Calls of equal lengths are batched, so that many short answers cost one call. Where a window, a hole or a document's end
+hides keys, calls are cut into blocks of queries, each with the keys that one of them may see, and get a mask if it
+hides any of those.
 
 Shapes by suffix as in reference.py; within a call, B ranges of L queries and S keys.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from . import reference
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Queries of a masked call, and elements of its mask: a block's scores, 8 heads of them, stay below 64 MiB.
+QUERY_BLOCK = 256
+MASK_ELEMENTS = 1 << 21
 
 
 def attention(
@@ -36,21 +41,21 @@ def attention(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
-    if masks_bite(depth_T, key_valid, same_value, window):
-        return reference.attention(
-            q_1HTD, k_1KTD, v_1KTE, subtree_end_T, depth_T, segments_M5, key_valid, same_value, scale, window
-        )
     value_size = v_1KTE.shape[-1]
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     dtype = reference.compute_dtype(q)
     out_THE = q.new_empty(q.shape, dtype=dtype)
     lse_TH = q.new_empty(q.shape[:2], dtype=dtype)
-    for call in calls(segments_M5):
+    mask = Mask(depth_T, key_valid, same_value, window)
+    for call, hidden_BLS in mask.apply(calls(segments_M5)):
         part_BHLE, lse_BHL = _forward(
-            call.queries(q), call.keys(k), call.keys(v), 0.0, call.is_causal, scale=scale
-        )
+            call.queries(q), call.keys(k), call.keys(v), 0.0, call.is_causal,
+            attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
+        )  # fmt: skip
+        if hidden_BLS is not None:  # for a query that sees no key, the kernel has zeros
+            lse_BHL = lse_BHL.masked_fill(hidden_BLS.all(-1)[:, None], -torch.inf)
         part, part_lse = part_BHLE.transpose(1, 2).to(dtype), lse_BHL.transpose(1, 2).to(dtype)
-        if not call.is_causal:
+        if not call.is_first:
             part, part_lse = merge(call.queries_of(out_THE), call.queries_of(lse_TH), part, part_lse)
         call.write_queries(out_THE, part)
         call.write_queries(lse_TH, part_lse)
@@ -74,20 +79,17 @@ def attention_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
-    if masks_bite(depth_T, key_valid, same_value, window):
-        return reference.attention_backward(
-            grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE, lse_1HT, subtree_end_T, depth_T, segments_M5,
-            key_valid, same_value, scale, window,
-        )  # fmt: skip
     sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
     q, k, v, grad_out, out = token_major(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
-    lse_TH = lse_1HT[0].t()
     dtype = reference.compute_dtype(q)
-    grads = [torch.empty_like(x, dtype=dtype) for x in (q, k, v)]
-    for call in calls(segments_M5):
+    mask = Mask(depth_T, key_valid, same_value, window)
+    lse_TH = (reference.finite(lse_1HT) if mask.bites else lse_1HT)[0].t()
+    grads = [(torch.zeros_like if mask.bites else torch.empty_like)(x, dtype=dtype) for x in (q, k, v)]
+    for call, hidden_BLS in mask.apply(calls(segments_M5)):
         dq, dk, dv = _backward(
             call.queries(grad_out), call.queries(q), call.keys(k), call.keys(v), call.queries(out),
-            call.queries_of(lse_TH).transpose(1, 2).contiguous(), 0.0, call.is_causal, scale=scale,
+            call.queries_of(lse_TH).transpose(1, 2).contiguous(), 0.0, call.is_causal,
+            attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
         )  # fmt: skip
         call.add_queries(grads[0], dq)
         call.add_keys(grads[1], dk)
@@ -97,17 +99,6 @@ def attention_backward(
         for grad, size in zip(grads, sizes, strict=True)
     )
     return dq, dk, dv
-
-
-def masks_bite(
-    depth_T: Tensor, key_valid: Sequence[Tensor], same_value: Sequence[Tensor], window: int | None
-) -> bool:
-    """Does anything but ancestry hide a key? (Columns are on the host here: looking costs no synchronisation.)"""
-    if window is not None and int(depth_T.max()) >= window:
-        return True
-    return not all(bool(c.all()) for c in key_valid) or any(
-        bool((c != c.flatten()[0]).any()) for c in same_value
-    )
 
 
 def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
@@ -121,9 +112,20 @@ def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
     ]
 
 
+def additive(hidden_BLS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The kernel's mask [B, 1, L, S], the same for all heads: minus infinity where a key is hidden."""
+    if hidden_BLS is None:
+        return None
+    zeros = torch.zeros(hidden_BLS.shape, dtype=dtype)
+    return zeros.masked_fill_(hidden_BLS, -torch.inf)[:, None]
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys → over both: `[..., E]` outputs, `[...]` log-sum-exps."""
-    weight_b = torch.sigmoid(lse_b - lse_a)
+    """Attention over two disjoint sets of keys → over both: `[..., E]` outputs, `[...]` log-sum-exps.
+
+    A side that sees nothing has lse -inf and doesn't count.
+    """
+    weight_b = torch.sigmoid(lse_b - lse_a).nan_to_num(nan=0.0)  # NaN: neither side sees anything
     return torch.lerp(out_a, out_b, weight_b[..., None]), torch.logaddexp(lse_a, lse_b)
 
 
@@ -134,14 +136,22 @@ class Call:
     Args:
         query_starts, key_starts: int64 [B], packed indices. Ranges of queries don't overlap, nor do those of keys.
         num_queries, num_keys: their lengths.
-        is_causal: a segment attends itself; otherwise a node is attended in full from below.
+        is_first: a segment attends itself: no other call has reached these queries. (Otherwise a node is attended
+            from below.)
+        is_whole: all of the segment in one call: none has reached these keys either.
     """
 
     query_starts: Tensor
     key_starts: Tensor
     num_queries: int
     num_keys: int
-    is_causal: bool
+    is_first: bool
+    is_whole: bool
+
+    @property
+    def is_causal(self) -> bool:
+        """Does the kernel's own causal mask apply? Blocks of a segment have theirs spelled out."""
+        return self.is_whole
 
     def queries(self, x_THD: Tensor) -> Tensor:
         return self.queries_of(x_THD).transpose(1, 2)
@@ -158,15 +168,94 @@ class Call:
         _put(into, self.query_starts, part)
 
     def add_queries(self, into: Tensor, grad_BHLD: Tensor) -> None:
-        self._add(into, self.query_starts, grad_BHLD.transpose(1, 2))
+        _add(into, self.query_starts, grad_BHLD.transpose(1, 2), self.is_first)
 
     def add_keys(self, into: Tensor, grad_BKSD: Tensor) -> None:
-        self._add(into, self.key_starts, grad_BKSD.transpose(1, 2))
+        _add(into, self.key_starts, grad_BKSD.transpose(1, 2), self.is_whole)
 
-    def _add(self, into: Tensor, starts: Tensor, grad: Tensor) -> None:
-        """Segments by themselves come first and reach every token once: they write, the others add."""
-        grad = grad.to(into.dtype)
-        _put(into, starts, grad if self.is_causal else grad + _take(into, starts, grad.shape[1]))
+
+@dataclass(frozen=True)
+class Mask:
+    """What hides keys of a token's own row from it; arguments as in reference.visible_mask, on the host."""
+
+    depth_T: Tensor
+    key_valid: Sequence[Tensor]
+    same_value: Sequence[Tensor]
+    window: int | None
+
+    @property
+    def bites(self) -> bool:
+        """Is any key hidden at all?"""
+        if self.window is not None and int(self.depth_T.max()) >= self.window:
+            return True
+        holes = not all(bool(c.all()) for c in self.key_valid)
+        return holes or any(bool((c != c.flatten()[0]).any()) for c in self.same_value)
+
+    def apply(self, calls: Iterator[Call]) -> Iterator[tuple[Call, Tensor | None]]:
+        """The calls, cut so that masks stay small, each with what it hides, bool [B, L, S], or None."""
+        if not self.bites:
+            yield from ((call, None) for call in calls)
+            return
+        for call in calls:
+            hidden = self.hidden(call) if call.num_queries * call.num_keys <= MASK_ELEMENTS else None
+            if hidden is not None and not hidden.any():
+                yield call, None
+                continue
+            for block in self.blocks(call):
+                hidden = self.hidden(block)
+                if block.is_first:
+                    hidden |= after(block)
+                if block.is_first or not hidden.all():
+                    block, hidden = trimmed(block, hidden)
+                    yield block, hidden if hidden.any() else None
+
+    def blocks(self, call: Call) -> Iterator[Call]:
+        """Blocks of a call's queries, with the keys that a window leaves the first of them."""
+        step = max(1, MASK_ELEMENTS // (QUERY_BLOCK * call.num_keys))
+        for chosen in torch.arange(len(call.query_starts)).split(step):
+            queries, keys = call.query_starts[chosen], call.key_starts[chosen]
+            for start in range(0, call.num_queries, QUERY_BLOCK):
+                length = min(QUERY_BLOCK, call.num_queries - start)
+                end = start + length if call.is_first else call.num_keys
+                first = 0
+                if self.window is not None:  # below a node, tokens come in any depth: the first has the least
+                    offset = start if call.is_first else call.num_keys
+                    first = max(0, offset - self.window + 1)
+                if first < end:
+                    yield Call(queries + start, keys + first, length, end - first, call.is_first, False)
+
+    def hidden(self, call: Call) -> Tensor:
+        """bool [B, L, S]: keys in a query's row that it may not see. (Tokens after it are not looked for.)"""
+        query_BL1 = (call.query_starts[:, None] + torch.arange(call.num_queries))[..., None]
+        key_B1S = (call.key_starts[:, None] + torch.arange(call.num_keys))[:, None]
+        hidden = torch.zeros(len(query_BL1), call.num_queries, call.num_keys, dtype=torch.bool)
+        for valid_T in self.key_valid:
+            hidden |= ~valid_T[key_B1S]
+        for value_T in self.same_value:
+            hidden |= value_T[key_B1S] != value_T[query_BL1]
+        if self.window is not None:
+            hidden |= self.depth_T[query_BL1] - self.depth_T[key_B1S] >= self.window
+        return hidden
+
+
+def trimmed(call: Call, hidden_BLS: Tensor) -> tuple[Call, Tensor]:
+    """Without the keys at both ends that no query sees, those of other documents for instance."""
+    seen = (~hidden_BLS).any(0).any(0).nonzero().flatten()
+    first, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
+    return replace(call, key_starts=call.key_starts + first, num_keys=end - first), hidden_BLS[..., first:end]
+
+
+def after(call: Call) -> Tensor:
+    """bool [B, L, S]: keys behind the query, of a block of a segment that attends itself."""
+    query_BL1 = (call.query_starts[:, None] + torch.arange(call.num_queries))[..., None]
+    key_B1S = (call.key_starts[:, None] + torch.arange(call.num_keys))[:, None]
+    return key_B1S > query_BL1
+
+
+def _add(into: Tensor, starts: Tensor, grad: Tensor, is_first: bool) -> None:
+    """Who comes first writes, the others add."""
+    grad = grad.to(into.dtype)
+    _put(into, starts, grad if is_first else grad + _take(into, starts, grad.shape[1]))
 
 
 def _take(x: Tensor, starts: Tensor, length: int) -> Tensor:
@@ -203,9 +292,9 @@ def calls(segments_M5: Tensor) -> Iterator[Call]:
     lengths = end - start
     for length in lengths.unique().tolist():
         starts = start[lengths == length]
-        yield Call(starts, starts, length, length, True)
+        yield Call(starts, starts, length, length, True, True)
     inner = subtree_end > end
     below = subtree_end - end
     for num_queries, num_keys in torch.stack([below[inner], lengths[inner]], 1).unique(dim=0).tolist():
         chosen = inner & (below == num_queries) & (lengths == num_keys)
-        yield Call(end[chosen], start[chosen], num_queries, num_keys, False)
+        yield Call(end[chosen], start[chosen], num_queries, num_keys, False, False)
