@@ -1,7 +1,7 @@
 """Operations that only look at another tensor's dtype, device or sizes, spelled without that tensor.
 
     y.type_as(x)          →  y.to(x's dtype)
-    x.new_zeros([4])      →  full([4], 0, x's dtype and device)
+    x.new_zeros([4])      →  full([4], 0, x's dtype and device), and so zeros and ones
 
 Otherwise a table computed from positions would seem to be computed from tokens, because it was cast like them.
 
@@ -61,6 +61,15 @@ def _filled(value: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
         fill = args[2] if value is None else value
         options = {"dtype": val(node).dtype, "device": val(node).device}
         return graph.call_function(aten.full.default, (args[1], fill), options)
+
+    return spell
+
+
+def _zeros_or_ones(value: int) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+    def spell(graph: fx.Graph, node: fx.Node) -> fx.Node:
+        fill = bool(value) if val(node).dtype == torch.bool else value
+        options = {"dtype": val(node).dtype, "device": val(node).device}
+        return graph.call_function(aten.full.default, (node.args[0], fill), options)
 
     return spell
 
@@ -168,6 +177,8 @@ def _unreduced(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.type_as.default: _cast_like,
     aten.to.other: _cast_like,
+    aten.zeros.default: _zeros_or_ones(0),
+    aten.ones.default: _zeros_or_ones(1),
     aten.new_zeros.default: _filled(0),
     aten.new_ones.default: _filled(1),
     aten.new_full.default: _filled(None),

@@ -181,10 +181,12 @@ class Lowering:
             packed.meta["layouts"] = value.layouts
             packed.meta["original"] = node
 
-    def emit(self, node: fx.Node, outcome: Any) -> fx.Node:
-        """The same operation on packed tokens, with prologue columns packed."""
+    def emit(self, node: fx.Node, outcome: Any, given: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
+        """The same operation on packed tokens, with prologue columns packed, and `given` values where there are any."""
 
         def packed(n: fx.Node) -> Any:
+            if given is not None and n in given:
+                return given[n]
             dims = outcome.columns.get(n)
             return self._in_packed(n) if dims is None else self._packed_column(n, dims)
 
@@ -210,6 +212,19 @@ class Lowering:
         if dropped != row_dim:
             x = self.packed.call_function(aten.transpose.int, (x, row_dim, dropped))
         return self.packed.call_function(aten.select.int, (x, dropped, 0))
+
+    def filled(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """A write into a constant, which gets the packed size."""
+        constant, *rest = bound_args(node)[0]
+        like = next(a for a in rest if isinstance(a, fx.Node) and self.analysis.kind(a) == STREAM)
+        sizes = [
+            self.packed.call_function(aten.sym_size.int, (self._in_packed(like), d)) if size == -1 else size
+            for d, size in enumerate(outcome.layout.packed_shape())
+        ]
+        _, fill, *_ = bound_args(constant)[0]
+        options = {"dtype": val(constant).dtype, "device": val(constant).device}
+        packed = self.packed.call_function(aten.full.default, (sizes, fill), options)
+        return self.emit(node, outcome, {constant: packed})
 
     def inverse(self, node: fx.Node, outcome: Any) -> fx.Node:
         """Where each entry went in a sort: the permutation of the packed entries, inverted."""
@@ -508,6 +523,7 @@ LOWERINGS: dict[str, Callable[[Lowering, fx.Node, Any], fx.Node]] = {
     "expand": Lowering.expand,
     "alias": Lowering.alias,
     "drop_dim": Lowering.drop_dim,
+    "filled": Lowering.filled,
     "inverse": Lowering.inverse,
     "column": Lowering.column,
     "lookup": Lowering.lookup,

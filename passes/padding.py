@@ -99,7 +99,7 @@ def _follow(
     analysis: Analysis,
 ) -> _Taint | list[tuple[Factor, ...]] | None:
     """The taint of the result; or, of an operation that mixes tokens, its groups (None: those of its sources)."""
-    if outcome is not None and outcome.action != "emit":
+    if outcome is not None and outcome.action not in _KEEPS_TOKENS:
         return _after_labels(node, outcome)
     layout = _layout_after(node, sources, selections)
     if layout is None:
@@ -153,7 +153,7 @@ def _layout_after(
     return None if found.layout.is_sorted else found.layout
 
 
-_KEEPS_TOKENS = ("emit", "reshape", "expand", "alias", "drop_dim")
+_KEEPS_TOKENS = ("emit", "reshape", "expand", "alias", "drop_dim", "filled")
 
 
 def _factor(node: fx.Node, sources: dict[fx.Node, _Taint | None], layout: TokenLayout) -> Factor | None:

@@ -8,6 +8,7 @@ sizes of the batch can be written; `call(...)` nests another operation. `tests/t
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -114,6 +115,15 @@ def weight(*sizes: Any, **options: Any) -> Tensor:
 
 def late(*dims: Any, **options: Any) -> Tensor:
     return Tensor("late", dims, **options)
+
+
+def sizes_of(*dims: Any) -> Any:
+    """Sizes of a tensor with these dims, as an argument."""
+
+    def sizes(n: int, s: int) -> list[int]:
+        return [math.prod({"N": n, "S": s}.get(f) or int(f) for f in str(dim).split("*")) for dim in dims]
+
+    return sizes
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Call:
@@ -704,6 +714,10 @@ for dims in (("N", "S", 6), ("S", "N", 6), ("N*S", 6), ("N", 3, "S", 6)):
     packs(aten.slice_scatter.default, stream(*dims), column(*part), -1, 3, 5)
     packs(aten.scatter.src, stream(*dims), -1, index, stream(*part))
     packs(aten.scatter_add.default, column(*dims), -1, index, stream(*part))
+    for late_or_not in (False, True):
+        constant = call(aten.full.default, sizes_of(*dims), 0.5, dtype=torch.float64)
+        packs(aten.scatter.src, constant, -1, index, stream(*part), late=late_or_not)
+        packs(aten.slice_scatter.default, constant, stream(*part), -1, 3, 5, late=late_or_not)
     packs(aten.scatter_reduce.two, stream(*dims), -1, index, stream(*part), "amax")
     packs(aten.select_scatter.default, stream(*dims), stream(*dims[:-1]), -1, 3)
     packs(aten.select_scatter.default, stream(*dims), column(*dims[:-1]), -1, 3)

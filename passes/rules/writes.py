@@ -9,6 +9,7 @@ import torch
 from ..layout import Dim, TokenLayout, is_token_factor, plain
 from ..reasons import Unsupported
 from .common import (
+    DENSE,
     PROLOGUE,
     STREAM,
     Op,
@@ -48,15 +49,20 @@ def select_scatter_rule(op: Op, x: Operand, src: Operand, dim: int, index: Any) 
     if layout is not None:
         layout = layout.with_dims((*layout.dims[:dim], (), *layout.dims[dim:]))
     wide = Operand(src.node, src.kind, (*src.shape[:dim], 1, *src.shape[dim:]), layout)
-    found = _merged(op, [x, wide], dim, plain(x.shape[dim]))
+    found = _merged(op, [x, wide], dim, plain(x.shape[dim]), same_rank=False)
     if isinstance(found, Unsupported) or src.node not in found.columns:
         return found
     narrow = found.columns[src.node]
     return Outcome(found.layout, found.columns | {src.node: (*narrow[:dim], *narrow[dim + 1 :])})
 
 
-def _merged(op: Op, parts: list[Operand], dim: int, written: Dim) -> Outcome | Unsupported:
-    """The first part, with some of its entries along `dim` replaced: the other dims must be those of the tokens."""
+def _merged(
+    op: Op, parts: list[Operand], dim: int, written: Dim, same_rank: bool = True
+) -> Outcome | Unsupported:
+    """The first part, with some of its entries along `dim` replaced: the other dims must be those of the tokens.
+
+    A constant has no tokens and needs no column: it is filled in anew, as large as the packed tokens are.
+    """
     streams = [o for o in parts if o.kind == STREAM]
     selection = same_selection(streams)
     if isinstance(selection, Unsupported):
@@ -75,11 +81,15 @@ def _merged(op: Op, parts: list[Operand], dim: int, written: Dim) -> Outcome | U
     dims[dim] = written
     layout = TokenLayout(tuple(dims), selection)
     columns = {}
+    is_constant = parts[0].kind in (PROLOGUE, DENSE) and parts[0].node.target is aten.full.default
+    is_filled = is_constant and same_rank
     for o in parts:
         if o.kind == STREAM:
             continue
         own = tuple(plain(s) if d == dim else dims[d] for d, s in enumerate(o.shape))
         whole = all(same_size(s, _size(layout, d)) for d, s in enumerate(o.shape) if layout.is_token_dim(d))
+        if is_filled and whole and o is parts[0]:
+            continue
         if o.kind != PROLOGUE or not whole or not aligned_dims(o.shape, layout) or not selection.is_whole:
             return refuse(
                 "row_layout", f"`{op.name}` joins tokens with a value that has none", operand=o.node
@@ -87,7 +97,7 @@ def _merged(op: Op, parts: list[Operand], dim: int, written: Dim) -> Outcome | U
         columns[o.node] = tuple(
             d if any(map(is_token_factor, d)) else plain(s) for d, s in zip(own, o.shape, strict=True)
         )
-    return Outcome(layout, columns)
+    return Outcome(layout, columns, action="filled" if is_filled else "emit")
 
 
 def _size(layout: TokenLayout, d: int) -> Any:
