@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from .graph import (
+    ancestors,
     aten,
     base_of,
     bound_args,
@@ -120,7 +121,7 @@ def analyse(graph: fx.Graph, dropout: str = "fallback", survey: bool = False) ->
         if not wanted:
             break
         tables |= wanted
-    feeding = _ancestors(first.mixers)
+    feeding = ancestors(first.mixers)
     unpacked: set[fx.Node] = set()
     while True:
         second = _Walk(graph, seeds, dropout, survey, feeding, tables, unpacked).run()
@@ -145,17 +146,6 @@ def _sorts_used_late(analysis: Analysis) -> set[fx.Node]:
                     if not isinstance(s, (int, str))
                 }
     return found
-
-
-def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += node.all_input_nodes
-    return seen
 
 
 class _Walk:

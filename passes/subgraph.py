@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import base_of, is_mode_switch, is_tensor, mutated_args
+from .graph import ancestors, base_of, is_mode_switch, is_tensor, mutated_args
 from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import PROLOGUE
@@ -16,7 +15,7 @@ from .rules import PROLOGUE
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that the output depends on."""
-    return _ancestors([graph.output_node()])
+    return ancestors([graph.output_node()])
 
 
 def views_of_shared_outputs(graph: fx.Graph) -> set[fx.Node]:
@@ -55,7 +54,7 @@ def prologue_module(
             return Unsupported(
                 "mutation", early[0], f"`{result.name}` is written in place after it was used here"
             )
-    wanted = _ancestors(results)
+    wanted = ancestors(results)
     while True:
         memory = {base_of(n) for n in wanted if is_tensor(n)}
         missing = [
@@ -63,7 +62,7 @@ def prologue_module(
         ]
         if not missing:
             break
-        wanted |= _ancestors(missing)
+        wanted |= ancestors(missing)
     stray = [n for n in wanted if n.op == "call_function" and analysis.kind(n) != PROLOGUE]
     if stray:
         return Unsupported("internal_error", stray[0], "the prologue depends on tokens")
@@ -86,18 +85,6 @@ def prologue_module(
 
 def _is_inactive_dropout(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.dropout.default and not (node.args[1] and node.args[2])
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that they depend on."""
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .engines import ENGINES
+from .engines import ENGINES, TreeMask
 from .engines.choose import choose
 from .engines.reference import compute_dtype
 from .errors import raises_engine_error
@@ -75,9 +75,8 @@ def _prefix_attention(
     if not segments_M5.is_cpu:
         raise ValueError("prefix_attention: segments must be in host memory (reading them must not wait)")
     name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
-    return ENGINES[name].attention(
-        q_1HTD, k_1KTD, v_1KTE, subtree_end_T, depth_T, segments_M5, key_valid, same_value, scale, window
-    )
+    mask = TreeMask(subtree_end_T, depth_T, segments_M5, key_valid, same_value, window)
+    return ENGINES[name].attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
 
 
 def _check_heads(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor) -> None:
@@ -124,9 +123,10 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
 @raises_engine_error
 def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv) from out and lse, which follow v in the forward's arguments; no probabilities are kept."""
-    *args_before_engine, engine = args
+    k, v, out, lse, subtree_end, depth, segments, key_valid, same_value, scale, window, engine = args
     name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
-    return ENGINES[name].attention_backward(grad_out_1HTE, q_1HTD, *args_before_engine)
+    mask = TreeMask(subtree_end, depth, segments, key_valid, same_value, window)
+    return ENGINES[name].attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scale)
 
 
 def _prefix_attention_backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -122,9 +122,8 @@ def forget(**forgotten):
     def seed(monkeypatch):
         original = reference.visible_mask
 
-        def visible(queries, keys, end, depth, key_valid, same_value, window):
-            parts = {"key_valid": key_valid, "same_value": same_value, "window": window, **forgotten}
-            return original(queries, keys, end, depth, **parts)
+        def visible(queries, keys, mask):
+            return original(queries, keys, mask._replace(**forgotten))
 
         monkeypatch.setattr(reference, "visible_mask", visible)
 
@@ -134,9 +133,9 @@ def forget(**forgotten):
 def see_the_future(monkeypatch):
     original = reference.visible_mask
 
-    def visible(queries, keys, *rest):
+    def visible(queries, keys, mask):
         later = torch.arange(keys.start, keys.stop) > torch.arange(queries.start, queries.stop)[:, None]
-        return original(queries, keys, *rest) | later
+        return original(queries, keys, mask) | later
 
     monkeypatch.setattr(reference, "visible_mask", visible)
 
@@ -145,8 +144,9 @@ def see_other_branches(monkeypatch):
     """Causal in packed order, but not along the tree: siblings see each other."""
     original = reference.visible_mask
 
-    def visible(queries, keys, end, *rest):
-        return original(queries, keys, torch.full_like(end, len(end)), *rest)
+    def visible(queries, keys, mask):
+        end = mask.subtree_end_T
+        return original(queries, keys, mask._replace(subtree_end_T=torch.full_like(end, len(end))))
 
     monkeypatch.setattr(reference, "visible_mask", visible)
 
@@ -154,8 +154,8 @@ def see_other_branches(monkeypatch):
 def window_off_by_one(monkeypatch):
     original = reference.visible_mask
 
-    def visible(*arguments):
-        return original(*arguments[:-1], arguments[-1] + 1)
+    def visible(queries, keys, mask):
+        return original(queries, keys, mask._replace(window=mask.window + 1))
 
     monkeypatch.setattr(reference, "visible_mask", visible)
 

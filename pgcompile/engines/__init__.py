@@ -1,6 +1,6 @@
 """Attention engines: implementations of one contract, one module each, listed in one table.
 
-An engine is a module with the two functions of `Engine`. It computes the formula that
+An engine is a module with the two functions of `contract.Engine`. It computes the formula that
 `reference.visible_mask` spells out, and is tested against `reference`. Whichever engine runs:
 
 - out, dq, dk and dv have the dtype of q (k, v) and are laid out token-major: `[1, T, heads, size]` in memory,
@@ -10,50 +10,12 @@ An engine is a module with the two functions of `Engine`. It computes the formul
 - `segments_M5` is in host memory, so that an engine can read it without waiting for the device.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
-
-from torch import Tensor
-
 from . import cpu, reference
-
-
-class Engine(Protocol):
-    """The contract; shapes, arguments and formulas are documented in reference.py."""
-
-    def attention(
-        self,
-        q_1HTD: Tensor,
-        k_1KTD: Tensor,
-        v_1KTE: Tensor,
-        subtree_end_T: Tensor,
-        depth_T: Tensor,
-        segments_M5: Tensor,
-        key_valid: Sequence[Tensor],
-        same_value: Sequence[Tensor],
-        scale: float,
-        window: int | None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def attention_backward(
-        self,
-        grad_out_1HTE: Tensor,
-        q_1HTD: Tensor,
-        k_1KTD: Tensor,
-        v_1KTE: Tensor,
-        out_1HTE: Tensor,
-        lse_1HT: Tensor,
-        subtree_end_T: Tensor,
-        depth_T: Tensor,
-        segments_M5: Tensor,
-        key_valid: Sequence[Tensor],
-        same_value: Sequence[Tensor],
-        scale: float,
-        window: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
+from .contract import Engine, TreeMask
 
 ENGINES: dict[str, Engine] = {
     "reference": reference,
     "cpu": cpu,
 }
+
+__all__ = ["ENGINES", "Engine", "TreeMask"]

@@ -12,13 +12,14 @@ hides any of those.
 Shapes by suffix as in reference.py; within a call, B ranges of L queries and S keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .contract import TreeMask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -32,13 +33,8 @@ def attention(
     q_1HTD: Tensor,
     k_1KTD: Tensor,
     v_1KTE: Tensor,
-    subtree_end_T: Tensor,
-    depth_T: Tensor,
-    segments_M5: Tensor,
-    key_valid: Sequence[Tensor],
-    same_value: Sequence[Tensor],
+    mask: TreeMask,
     scale: float,
-    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
     value_size = v_1KTE.shape[-1]
@@ -46,8 +42,8 @@ def attention(
     dtype = reference.compute_dtype(q)
     out_THE = q.new_empty(q.shape, dtype=dtype)
     lse_TH = q.new_empty(q.shape[:2], dtype=dtype)
-    mask = Mask(depth_T, key_valid, same_value, window)
-    for call, hidden_BLS in mask.apply(calls(segments_M5)):
+    cutter = Cutter(mask)
+    for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         part_BHLE, lse_BHL = _forward(
             call.queries(q), call.keys(k), call.keys(v), 0.0, call.is_causal,
             attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
@@ -70,22 +66,17 @@ def attention_backward(
     v_1KTE: Tensor,
     out_1HTE: Tensor,
     lse_1HT: Tensor,
-    subtree_end_T: Tensor,
-    depth_T: Tensor,
-    segments_M5: Tensor,
-    key_valid: Sequence[Tensor],
-    same_value: Sequence[Tensor],
+    mask: TreeMask,
     scale: float,
-    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
     sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
     q, k, v, grad_out, out = token_major(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
     dtype = reference.compute_dtype(q)
-    mask = Mask(depth_T, key_valid, same_value, window)
-    lse_TH = (reference.finite(lse_1HT) if mask.bites else lse_1HT)[0].t()
-    grads = [(torch.zeros_like if mask.bites else torch.empty_like)(x, dtype=dtype) for x in (q, k, v)]
-    for call, hidden_BLS in mask.apply(calls(segments_M5)):
+    cutter = Cutter(mask)
+    lse_TH = (reference.finite(lse_1HT) if cutter.bites else lse_1HT)[0].t()
+    grads = [(torch.zeros_like if cutter.bites else torch.empty_like)(x, dtype=dtype) for x in (q, k, v)]
+    for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         dq, dk, dv = _backward(
             call.queries(grad_out), call.queries(q), call.keys(k), call.keys(v), call.queries(out),
             call.queries_of(lse_TH).transpose(1, 2).contiguous(), 0.0, call.is_causal,
@@ -175,21 +166,18 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """What hides keys of a token's own row from it; arguments as in reference.visible_mask, on the host."""
+class Cutter:
+    """Cuts calls where a mask hides keys of a token's own row from it. (Columns are in host memory here.)"""
 
-    depth_T: Tensor
-    key_valid: Sequence[Tensor]
-    same_value: Sequence[Tensor]
-    window: int | None
+    mask: TreeMask
 
     @property
     def bites(self) -> bool:
         """Is any key hidden at all?"""
-        if self.window is not None and int(self.depth_T.max()) >= self.window:
+        if self.mask.window is not None and int(self.mask.depth_T.max()) >= self.mask.window:
             return True
-        holes = not all(bool(c.all()) for c in self.key_valid)
-        return holes or any(bool((c != c.flatten()[0]).any()) for c in self.same_value)
+        holes = not all(bool(c.all()) for c in self.mask.key_valid)
+        return holes or any(bool((c != c.flatten()[0]).any()) for c in self.mask.same_value)
 
     def apply(self, calls: Iterator[Call]) -> Iterator[tuple[Call, Tensor | None]]:
         """The calls, cut so that masks stay small, each with what it hides, bool [B, L, S], or None."""
@@ -218,9 +206,11 @@ class Mask:
                 length = min(QUERY_BLOCK, call.num_queries - start)
                 end = start + length if call.is_first else call.num_keys
                 first = 0
-                if self.window is not None:  # below a node, tokens come in any depth: the first has the least
+                if (
+                    self.mask.window is not None
+                ):  # below a node, tokens come in any depth: the first has the least
                     offset = start if call.is_first else call.num_keys
-                    first = max(0, offset - self.window + 1)
+                    first = max(0, offset - self.mask.window + 1)
                 if first < end:
                     yield Call(queries + start, keys + first, length, end - first, call.is_first, False)
 
@@ -229,12 +219,12 @@ class Mask:
         query_BL1 = (call.query_starts[:, None] + torch.arange(call.num_queries))[..., None]
         key_B1S = (call.key_starts[:, None] + torch.arange(call.num_keys))[:, None]
         hidden = torch.zeros(len(query_BL1), call.num_queries, call.num_keys, dtype=torch.bool)
-        for valid_T in self.key_valid:
+        for valid_T in self.mask.key_valid:
             hidden |= ~valid_T[key_B1S]
-        for value_T in self.same_value:
+        for value_T in self.mask.same_value:
             hidden |= value_T[key_B1S] != value_T[query_BL1]
-        if self.window is not None:
-            hidden |= self.depth_T[query_BL1] - self.depth_T[key_B1S] >= self.window
+        if self.mask.window is not None:
+            hidden |= self.mask.depth_T[query_BL1] - self.mask.depth_T[key_B1S] >= self.mask.window
         return hidden
 
 

@@ -12,10 +12,12 @@ values.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from .contract import TreeMask
 
 # Queries per block. The scores of a block (8 heads x 128 x 400 keys x 4 bytes: 1.6 MB) stay in a CPU core's
 # cache between the passes of the softmax; 64 and 256 were no faster on trees of 400 tokens.
@@ -26,13 +28,8 @@ def attention(
     q_1HTD: Tensor,
     k_1KTD: Tensor,
     v_1KTE: Tensor,
-    subtree_end_T: Tensor,
-    depth_T: Tensor,
-    segments_M5: Tensor,
-    key_valid: Sequence[Tensor],
-    same_value: Sequence[Tensor],
+    mask: TreeMask,
     scale: float,
-    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every packed token to the keys that `visible_mask` shows it.
 
@@ -43,13 +40,13 @@ def attention(
     dtype = compute_dtype(q_1HTD)
     out_1THE = q_1HTD.new_empty(1, tokens, heads, v_1KTE.shape[-1])
     lse_1HT = q_1HTD.new_empty(1, heads, tokens, dtype=dtype)
-    for forest in forests(segments_M5):
+    for forest in forests(mask.segments_M5):
         k_KFD, v_KFE = k_1KTD[0, :, forest].to(dtype), v_1KTE[0, :, forest].to(dtype)
         for block in query_blocks(forest):
             keys = slice(forest.start, block.stop)
             k_KSD, v_KSE = k_KFD[:, : keys.stop - keys.start], v_KFE[:, : keys.stop - keys.start]
             q_KRD = fold_group(q_1HTD[0, :, block], k_KSD) * scale
-            visible_BS = visible_mask(block, keys, subtree_end_T, depth_T, key_valid, same_value, window)
+            visible_BS = visible_mask(block, keys, mask)
 
             scores_KRS = masked_scores(q_KRD, k_KSD, visible_BS)
             top_KR1 = finite(scores_KRS.amax(-1, keepdim=True))
@@ -69,13 +66,8 @@ def attention_backward(
     v_1KTE: Tensor,
     out_1HTE: Tensor,
     lse_1HT: Tensor,
-    subtree_end_T: Tensor,
-    depth_T: Tensor,
-    segments_M5: Tensor,
-    key_valid: Sequence[Tensor],
-    same_value: Sequence[Tensor],
+    mask: TreeMask,
     scale: float,
-    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of `attention`'s out, with the dtypes and shapes of q, k and v.
 
@@ -87,7 +79,7 @@ def attention_backward(
     heads = q_1HTD.shape[1]
     dtype = compute_dtype(q_1HTD)
     dq_1THD, dk_1TKD, dv_1TKE = (x.new_empty(x.transpose(1, 2).shape) for x in (q_1HTD, k_1KTD, v_1KTE))
-    for forest in forests(segments_M5):
+    for forest in forests(mask.segments_M5):
         k_KFD, v_KFE = k_1KTD[0, :, forest].to(dtype), v_1KTE[0, :, forest].to(dtype)
         dk_KFD, dv_KFE = k_KFD.new_zeros(k_KFD.shape), v_KFE.new_zeros(v_KFE.shape)
         for block in query_blocks(forest):
@@ -98,7 +90,7 @@ def attention_backward(
             dout_KRE, out_KRE = (fold_group(x[0, :, block], v_KSE) for x in (grad_out_1HTE, out_1HTE))
             lse_KR1 = finite(lse_1HT[0, :, block]).reshape(*q_KRD.shape[:2], 1)
             delta_KR1 = (dout_KRE * out_KRE).sum(-1, keepdim=True)
-            visible_BS = visible_mask(block, keys, subtree_end_T, depth_T, key_valid, same_value, window)
+            visible_BS = visible_mask(block, keys, mask)
 
             p_KRS = exp_(masked_scores(q_KRD, k_KSD, visible_BS).sub_(lse_KR1))
             dscore_KRS = torch.bmm(dout_KRE, v_KSE.mT).sub_(delta_KR1).mul_(p_KRS)
@@ -112,30 +104,22 @@ def attention_backward(
     return dq_1THD.transpose(1, 2), dk_1TKD.transpose(1, 2), dv_1TKE.transpose(1, 2)
 
 
-def visible_mask(
-    queries: slice,
-    keys: slice,
-    subtree_end_T: Tensor,
-    depth_T: Tensor,
-    key_valid: Sequence[Tensor],
-    same_value: Sequence[Tensor],
-    window: int | None,
-) -> Tensor:
+def visible_mask(queries: slice, keys: slice, mask: TreeMask) -> Tensor:
     """Which key each query sees, bool [B, S], for ranges of packed tokens: the mask formula, word for word.
 
     Query t sees key s if s is t or an ancestor of t (`s <= t < subtree_end[s]`: in depth-first preorder a
     subtree is a range), every `key_valid` column holds at s, every `same_value` column is equal at s and t,
     and s is fewer than `window` tokens up the path (`depth` counts the tokens before one in its row).
     """
-    query_B1 = torch.arange(queries.start, queries.stop, device=depth_T.device)[:, None]
-    key_S = torch.arange(keys.start, keys.stop, device=depth_T.device)
-    visible_BS = (key_S <= query_B1) & (query_B1 < subtree_end_T[keys])
-    for valid_T in key_valid:
+    query_B1 = torch.arange(queries.start, queries.stop, device=mask.depth_T.device)[:, None]
+    key_S = torch.arange(keys.start, keys.stop, device=mask.depth_T.device)
+    visible_BS = (key_S <= query_B1) & (query_B1 < mask.subtree_end_T[keys])
+    for valid_T in mask.key_valid:
         visible_BS &= valid_T[keys]
-    for value_T in same_value:
+    for value_T in mask.same_value:
         visible_BS &= value_T[keys] == value_T[queries, None]
-    if window is not None:
-        visible_BS &= depth_T[queries, None] - depth_T[keys] < window
+    if mask.window is not None:
+        visible_BS &= mask.depth_T[queries, None] - mask.depth_T[keys] < mask.window
     return visible_BS
 
 

@@ -1,0 +1,51 @@
+"""What every engine gets besides q, k and v, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class TreeMask(NamedTuple):
+    """Which keys a packed token sees, in depth-first preorder: itself and its ancestors, less what columns hide.
+
+    Query t sees key s iff `s <= t < subtree_end[s]`, every `key_valid` column holds at s, every `same_value` column
+    agrees at s and t, and `depth[t] - depth[s] < window` where there is a window. T packed tokens, M segments.
+
+    Args:
+        subtree_end_T: int64, one past the last descendant of each token.
+        depth_T: int64, the number of tokens before one in its row.
+        segments_M5: int64 in host memory: start, end, subtree end, depth of the first token, parent (-1 for roots).
+        key_valid: bool [T] each.
+        same_value: [T] each.
+        window: or None.
+    """
+
+    subtree_end_T: Tensor
+    depth_T: Tensor
+    segments_M5: Tensor
+    key_valid: Sequence[Tensor]
+    same_value: Sequence[Tensor]
+    window: int | None
+
+
+class Engine(Protocol):
+    """A module with these two functions; formulas and shapes are documented in reference.py."""
+
+    def attention(
+        self, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def attention_backward(
+        self,
+        grad_out_1HTE: Tensor,
+        q_1HTD: Tensor,
+        k_1KTD: Tensor,
+        v_1KTE: Tensor,
+        out_1HTE: Tensor,
+        lse_1HT: Tensor,
+        mask: TreeMask,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
