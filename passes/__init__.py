@@ -9,6 +9,7 @@ from . import graph, lower, padding, propagate, verify
 from .attention_match import match_attention
 from .canonicalize import canonicalize
 from .functionalize import functionalize
+from .head import split_head
 from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
 from .reroll import reroll
@@ -98,6 +99,12 @@ def verify_pass(c: Compilation) -> None:
         c.refuse(failure)
 
 
+def head_pass(c: Compilation) -> None:
+    """Cut off the packed graph's head, so that it can run in chunks."""
+    assert c.graphs is not None
+    c.graphs.head = split_head(c.graphs.packed, c.graphs.late, c.graphs.late_inputs)
+
+
 PASSES: tuple[Pass, ...] = (
     opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
     aten_pass,  # before all that reads operations
@@ -108,7 +115,8 @@ PASSES: tuple[Pass, ...] = (
     attention_pass,  # after layouts, which tell queries from keys
     padding_pass,  # after the analysis, which says what is late
     lower_pass,  # after every check: from here on nothing is refused but shapes
-    verify_pass,  # last, on what was built
+    verify_pass,  # on what was built
+    head_pass,  # after that, which notes what size everything is
 )
 
 __all__ = ["KINDS", "PASSES", "Compilation", "FallbackReason", "Unsupported", "fake_inputs", "run_passes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from .attention_match import AttentionMatch
@@ -29,6 +30,51 @@ class Input:
     dims: tuple[Dim, ...] = ()
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a head's input comes from: result `index` of the trunk, or input `index` of the packed graph."""
+
+    kind: str  # "trunk" | "input"
+    index: int
+    token_dim: int | None  # where its tokens are; None if it has none
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Result of the head: the packed graph's output `index`; wide ones are read by label lookups alone."""
+
+    index: int
+    token_dim: int
+    is_wide: bool
+
+
+@dataclass
+class Head:
+    """A packed graph in two parts.
+
+    Args:
+        trunk: `(*inputs of the packed graph) -> (*packed outputs that it has, *values for the head)`.
+        trunk_outputs: which output of the packed graph each of the trunk's first results is.
+        head: `(*inputs as in `sources`) -> results as in `outputs``, for any number of tokens.
+        requests: `(*late inputs) -> [(index [M], column [M, K]), ...]`: the label lookups, in the late graph's order.
+        request_outputs: the packed output that each of them looks into.
+        width, itemsize: V, of the widest values, and bytes of one of their numbers.
+        recomputed: operations that backward computes again, by name.
+    """
+
+    trunk: fx.GraphModule
+    trunk_outputs: list[int]
+    head: fx.GraphModule
+    sources: list[Source]
+    outputs: list[HeadOutput]
+    requests: fx.GraphModule
+    request_outputs: list[int]
+    width: int
+    itemsize: int
+    recomputed: list[str]
+
+
 @dataclass
 class PackedGraphs:
     """What the compiler hands to the runtime.
@@ -43,6 +89,7 @@ class PackedGraphs:
         guards: groups of prologue results that switch padding off (`padding.py`).
         results: the prologue's results as nodes of the original graph.
         outputs: for each output, in the order of the original's leaves, the dims that its tokens are in, if it has any.
+        head: the packed graph's head, if it can run in chunks.
         data_masks: masks to be checked at each call: prologue result, additive?, negated?
     """
 
@@ -62,6 +109,7 @@ class PackedGraphs:
     whole: Selection
     matches: list[AttentionMatch]
     outputs: list[TokenLayout | None]
+    head: Head | None = None
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,44 @@ def flat_map(token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:
     return (token_map.t() if factors == [POSITION, ROW] else token_map).reshape(-1)
 
 
-def gather_entries(x: Tensor, token_map: Tensor, dims: tuple[Dim, ...], index: Tensor) -> Tensor:
+class Gathered:
+    """A packed value `[.., T, V]` that was never whole: the entries of it that the late graph looks up, in its order.
+
+    Args:
+        entries: `[M, K]` for each lookup.
+        dtype: of the value.
+        width: V.
+    """
+
+    def __init__(self, entries: list[Tensor], dtype: torch.dtype, width: int) -> None:
+        self.entries, self.dtype, self.width = iter(entries), dtype, width
+
+
+def label_request(token_map: Tensor, dims: tuple[Dim, ...], index: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed index [M] of each token of the batch, and the entries [M, K] that are looked up there."""
+    return flat_map(token_map, dims), index.reshape(-1, index.shape[-1])
+
+
+def loss_request(
+    token_map: Tensor, dims: tuple[Dim, ...], target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """The same for a loss against class indices."""
+    return flat_map(token_map, dims), torch.where(target != ignore_index, target, 0)[:, None]
+
+
+def _look_up(x: Tensor | Gathered, dims: tuple[Dim, ...], request: tuple[Tensor, Tensor]) -> Tensor:
+    if isinstance(x, Gathered):
+        return next(x.entries)
+    return torch.ops.pgcompile.gather_entries(tokens_first(x, dims), *request)
+
+
+def gather_entries(x: Tensor | Gathered, token_map: Tensor, dims: tuple[Dim, ...], index: Tensor) -> Tensor:
     """`x.gather(-1, index)` for packed `x [.., T, V]` and `index [..tokens.., K]` of the batch."""
-    found = torch.ops.pgcompile.gather_entries(
-        tokens_first(x, dims), flat_map(token_map, dims), index.reshape(-1, index.shape[-1])
-    )
-    return found.reshape(index.shape)
+    return _look_up(x, dims, label_request(token_map, dims, index)).reshape(index.shape)
 
 
 def label_loss(
-    log_probs: Tensor, smooth: Tensor | None, token_map: Tensor, dims: tuple[Dim, ...], target: Tensor,
+    log_probs: Tensor | Gathered, smooth: Tensor | None, token_map: Tensor, dims: tuple[Dim, ...], target: Tensor,
     weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """cross_entropy_loss and nll_loss from packed log-probabilities `[T, V]`.
@@ -70,7 +98,6 @@ def label_loss(
         target: int64 `[M]` class indices.
         reduction: 0 none, 1 mean, 2 sum, as ATen has it.
     """
-    index = flat_map(token_map, dims)
     kept = target != ignore_index
     label = torch.where(kept, target, 0)
     weights = (
@@ -78,10 +105,11 @@ def label_loss(
         if weight is None
         else torch.where(kept, weight[label].to(log_probs.dtype), 0)
     )
-    packed = tokens_first(log_probs, dims)
-    loss = -torch.ops.pgcompile.gather_entries(packed, index, label[:, None])[:, 0] * weights
+    found = _look_up(log_probs, dims, loss_request(token_map, dims, target, ignore_index))
+    loss = -found[:, 0] * weights
     if smooth is not None:
-        classes = packed.shape[-1]
+        classes = log_probs.width if isinstance(log_probs, Gathered) else log_probs.shape[-1]
+        index = flat_map(token_map, dims)
         smoothed = torch.where(kept, -torch.ops.pgcompile.gather_tokens(smooth.reshape(-1), index), 0)
         loss = (1 - label_smoothing) * loss + label_smoothing / classes * smoothed
     if reduction == 0:

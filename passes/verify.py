@@ -92,10 +92,14 @@ def column_shape(dims: tuple[Dim, ...], tokens: Any) -> list[Any]:
 
 
 class _Checker(fx.Interpreter):
+    """Compares, and leaves each node's size and dtype for `TOKENS` tokens in `meta["packed"]`."""
+
     failure: Unsupported | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            n.meta["packed"] = (tuple(result.shape), result.dtype)
         layouts = n.meta.get("layouts")
         if layouts and self.failure is None:
             results = result if isinstance(result, (tuple, list)) else (result,)

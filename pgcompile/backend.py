@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
+from .chunks import number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
 from .cost import MIN_SAVING, Cost, count_work
 from .engines.choose import choose
@@ -103,6 +105,8 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
         report.attention.append(
             AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why)
         )
+    if compilation.graphs is not None and compilation.graphs.head is not None:
+        report.head = compilation.graphs.head.recomputed
     if compilation.guards.refusal is not None and not compilation.reasons:
         report.notes.append(FallbackReason.of(compilation.guards.refusal))
     return report
@@ -137,7 +141,7 @@ class PackedCall:
         modes = GlobalModes()
         try:
             results, plan = self._plan(args, report)
-            call, inputs = self._prepare(args, results, plan)
+            call, inputs = self._prepare(args, results, plan, report)
         except DenseCall as reason:
             return self._run_dense(args, report, reason.kind, reason.explanation)
         except Exception as error:
@@ -146,6 +150,8 @@ class PackedCall:
             return self._run_dense(args, report, "internal_error", f"{type(error).__name__}: {error}", error)
         try:
             packed = call(*inputs)
+            if report.head_chunks:
+                packed = self._run_head(packed, inputs, args, results, plan, report)
             outputs = self._late(args, results, packed, plan)
         except Exception as error:
             if belongs_to_caller(error):
@@ -190,7 +196,7 @@ class PackedCall:
         return results, plan
 
     def _prepare(
-        self, args: Sequence[Any], results: Sequence[Any], plan: Plan
+        self, args: Sequence[Any], results: Sequence[Any], plan: Plan, report: BatchReport
     ) -> tuple[Callable[..., Any], list[Any]]:
         inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
         if plan.tokens == 1:
@@ -198,11 +204,26 @@ class PackedCall:
                 self.graphs.packed,
                 inputs,
             )  # sizes of 1 are special to compilers, and there is nothing to gain
-        mode = modes()
-        family = self.families.get(mode)
+        graphs = self.graphs
+        if graphs.head is not None:
+            report.head_chunks = number_of_chunks(graphs.head, plan.tokens)
+            if report.head_chunks:
+                graphs = replace(graphs, packed=graphs.head.trunk)
+        key = modes(), report.head_chunks > 0
+        family = self.families.get(key)
         if family is None:
-            family = self.families[mode] = family_of(self.graphs, self.aten, self.options)
-        return compiled_packed(family, self.graphs, self.aten, plan.tokens, self.options), inputs
+            family = self.families[key] = family_of(graphs, self.aten, self.options)
+        return compiled_packed(family, graphs, self.aten, plan.tokens, self.options), inputs
+
+    def _run_head(
+        self, values: Sequence[Any], inputs: Sequence[Any], args: Sequence[Any], results: Sequence[Any], plan: Plan,
+        report: BatchReport,
+    ) -> Sequence[Any]:  # fmt: skip
+        """The packed graph's outputs from the trunk's values, the head in chunks."""
+        head = self.graphs.head
+        assert head is not None
+        requests = head.requests(*self._late_inputs(args, results, None, plan))
+        return run_head(head, values, inputs, requests, plan.tokens, report.head_chunks)
 
     def _input(self, spec: Input, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> Any:
         if spec.kind == "argument":
@@ -218,8 +239,17 @@ class PackedCall:
         }[spec.kind]  # fmt: skip
 
     def _late(self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any], plan: Plan) -> Any:
+        return self.graphs.late(*self._late_inputs(args, results, packed, plan))
+
+    def _late_inputs(
+        self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any] | None, plan: Plan
+    ) -> list[Any]:
+        """The late graph's inputs; without packed values, None in their places."""
         sources = {"argument": args, "prologue": results, "packed": packed, "class_of": (plan.class_of,)}
-        return self.graphs.late(*(sources[source][index] for source, index in self.graphs.late_inputs))
+        return [
+            None if values is None else values[index]
+            for values, index in ((sources[source], index) for source, index in self.graphs.late_inputs)
+        ]
 
     def _run_dense(
         self,

@@ -52,7 +52,8 @@ class BatchReport:
     """One call: what the plan found and what was decided.
 
     `graph` numbers the graph; `kept_padding` counts padding that something reads and that therefore isn't dropped;
-    `saving` is the share of the counted work that packing saves; `decision` is "packed" or "dense", `why` says why.
+    `saving` is the share of the counted work that packing saves; `head_chunks` is in how many parts the head ran, to
+    save memory, and is computed again in backward (0: whole); `decision` is "packed" or "dense", `why` says why.
     """
 
     graph: int = 0
@@ -67,6 +68,7 @@ class BatchReport:
     dense_pairs: int = 0
     packed_pairs: int = 0
     saving: float = 0.0
+    head_chunks: int = 0
     decision: str = "dense"
     why: str = ""
 
@@ -81,6 +83,7 @@ class GraphReport:
     fallbacks: list[FallbackReason] = field(default_factory=list)
     notes: list[FallbackReason] = field(default_factory=list)
     islands: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -160,6 +163,9 @@ class Explanation:
             for batch in self.batches:
                 if batch.kept_padding:
                     text = f"  {batch.kept_padding} tokens of padding are kept: a loss or another reduction reads them"
+                    console.print(text, markup=False, soft_wrap=True)
+                if batch.head_chunks:
+                    text = f"  the head runs in {batch.head_chunks} chunks, and once more in backward, to save memory"
                     console.print(text, markup=False, soft_wrap=True)
                 if batch.why:
                     console.print(f"  {batch.why}", markup=False, soft_wrap=True)

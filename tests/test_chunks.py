@@ -1,0 +1,203 @@
+"""The head in chunks: the same values and gradients, and nothing as wide as the vocabulary for more than a chunk."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import pgcompile
+from harness import BACKEND, assert_no_worse_than_eager, assert_same, compiled, float64_everywhere, rewire
+
+pytest.importorskip("transformers")
+from pgcompile import backend, chunks
+from pgcompile.passes import head
+from test_losses import LOGPROBS, LOSSES, NARROW, batch_of, columns_of, distillation, with_value_head
+from tiny_hf import VOCAB, build
+
+pytestmark = pytest.mark.skipif(BACKEND != "pgcompile", reason="looks at reports")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Seven tokens to a chunk, of a vocabulary of 31."""
+    monkeypatch.setattr(head, "MIN_WIDTH", VOCAB)
+    monkeypatch.setattr(head, "MIN_RATIO", 0)
+    monkeypatch.setattr(chunks, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 7 * VOCAB * 8)
+    counts = []
+    original = chunks.run_head
+
+    def counting(*args):
+        counts.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(backend, "run_head", counting)
+    return counts
+
+
+def small_llama(name="llama"):
+    """Nothing in it is as wide as the vocabulary."""
+    return build(name, hidden_size=16, intermediate_size=24)
+
+
+def check(function, *args, chunked, model=None, **details):
+    batch = batch_of()
+    with float64_everywhere():
+        assert_same(
+            function, (model or small_llama(), batch.input_ids, batch.attention_mask, *args),
+            kept=batch.kept[:, 1:], fullgraph=True, expect_status="packed", **details,
+        )  # fmt: skip
+    assert len(chunked) == 1 and chunked[0] > 3
+
+
+@pytest.mark.parametrize("spelling", LOGPROBS, ids=lambda f: f.__name__)
+def test_logprobs(spelling, small_chunks):
+    def function(model, ids, mask):
+        return spelling(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], ids[:, 1:])
+
+    check(function, chunked=small_chunks)
+
+
+@pytest.mark.parametrize(
+    "spelling", [s for s in NARROW if s.__name__ != "top_two_margin"], ids=lambda f: f.__name__
+)
+def test_narrow_values(spelling, small_chunks):
+    def function(model, ids, mask):
+        return spelling(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1])
+
+    check(function, chunked=small_chunks)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, small_chunks):
+    check(LOSSES[name], columns_of(batch_of()), chunked=small_chunks)
+
+
+def test_a_teacher_without_gradient(small_chunks):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.models = nn.ModuleList([small_llama(), small_llama("qwen2").requires_grad_(False)])
+
+        def forward(self, ids, mask):
+            return distillation(self.models, ids, mask)
+
+    check(lambda model, ids, mask: model(ids, mask), model=Both(), chunked=small_chunks)
+
+
+def test_values_that_leave_before_the_head(small_chunks):
+    torch.manual_seed(1)
+    check(with_value_head, rewire(nn.Linear(16, 1)), chunked=small_chunks)
+
+
+def test_frozen_head(small_chunks):
+    model = small_llama()
+    model.lm_head.requires_grad_(False)
+    check(LOSSES["reinforce"], columns_of(batch_of()), model=model, chunked=small_chunks)
+
+
+def test_without_gradient(small_chunks):
+    with torch.no_grad():
+        check(LOSSES["grpo"], columns_of(batch_of()), chunked=small_chunks, backward=False)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_the_trunk_is_compiled(inner, small_chunks):
+    batch = batch_of()
+    args = (small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch))
+    options = {"inner": inner}
+    assert_same(
+        LOSSES["reinforce"], args, options=options, tol=1e-5, gradient_tol=1e-4, expect_status="packed"
+    )
+    assert len(small_chunks) == 1
+
+
+def test_logits_that_are_asked_for_are_not_chunked(small_chunks):
+    def function(model, ids, mask):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        return logits, logits.logsumexp(-1)
+
+    batch = batch_of()
+    with float64_everywhere():
+        assert_same(
+            function, (small_llama(), batch.input_ids, batch.attention_mask), kept=batch.kept[:, 1:],
+            expect_status="packed",
+        )  # fmt: skip
+    assert small_chunks == []
+
+
+def test_small_batches_run_whole():
+    batch = batch_of()
+    found = pgcompile.explain(
+        LOSSES["reinforce"], small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch),
+        options={"min_saving": 0},
+    )  # fmt: skip
+    assert found.batches[0].head_chunks == 0 and found.graphs[0].head == []
+
+
+def test_the_report_says_what_is_computed_again(small_chunks):
+    batch = batch_of()
+    found = pgcompile.explain(
+        LOSSES["reinforce"], small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch),
+        options={"min_saving": 0},
+    )  # fmt: skip
+    assert found.batches[0].head_chunks == small_chunks[0] > 3
+    assert any("linear" in name for name in found.graphs[0].head)
+    assert any("log_softmax" in name for name in found.graphs[0].head)
+    assert not any("attention" in name for name in found.graphs[0].head)
+    assert f"the head runs in {small_chunks[0]} chunks" in str(found)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of a tensor with the vocabulary's width that any operation returned, in backward too."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[-1] == VOCAB:
+                self.most = max(self.most, leaf.numel())
+        return result
+
+
+def test_nothing_wide_is_larger_than_a_chunk(small_chunks, monkeypatch):
+    """Weights of the head are [V, D], and transposed [D, V] in backward: they have 16 rows."""
+    mode, original = Largest(), chunks.run_head
+
+    def watched(*args):
+        with mode:
+            return original(*args)
+
+    monkeypatch.setattr(backend, "run_head", watched)
+    batch = batch_of()
+    fast = compiled(LOSSES["reinforce"])
+    loss = fast(small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch))
+    with mode:
+        loss.backward()
+    assert 0 < mode.most <= 16 * VOCAB
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_chunks_are_rounded_once(dtype, small_chunks):
+    """Half-precision weights: no worse than eager, although their gradients are sums over chunks."""
+    model = small_llama().to(dtype)
+    truth_model = copy.deepcopy(model).double()
+    fast = compiled(LOSSES["reinforce"])
+
+    def tensors(side, seed):
+        batch = batch_of(seed)
+        owner = truth_model if side == "truth" else model
+        owner.zero_grad(set_to_none=True)
+        call = fast if side == "compiled" else LOSSES["reinforce"]
+        context = float64_everywhere() if side == "truth" else contextlib.nullcontext()
+        with context:
+            call(owner, batch.input_ids, batch.attention_mask, columns_of(batch)).backward()
+        return {n: p.grad.clone() for n, p in owner.named_parameters()}
+
+    assert_no_worse_than_eager(tensors, torch.finfo(dtype).eps)
+    assert len(small_chunks) == 5
