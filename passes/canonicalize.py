@@ -106,14 +106,11 @@ def _broadcast_item(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     for d, size in enumerate(reversed(result)):
         if d < len(shape(x)) and same_size(shape(x)[-1 - d], size):
             new.append(-1)
+        elif isinstance(size, int):
+            new.append(size)
         else:
-            new.append(
-                next(
-                    sizes(graph, t)[-1 - d]
-                    for t in tensors
-                    if same_size(((1,) * len(result) + shape(t))[-1 - d], size)
-                )
-            )
+            like = next(t for t in tensors if d < len(shape(t)) and same_size(shape(t)[-1 - d], size))
+            new.append(sizes(graph, like)[-1 - d])
     if new == [-1] * len(shape(x)):
         return graph.call_function(aten.alias.default, (x,))
     return graph.call_function(aten.expand.default, (x, new[::-1]))

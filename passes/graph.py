@@ -50,6 +50,11 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
             found.append(
                 _opaque("autograd_function", node, "a custom autograd function may treat gradients freely")
             )
+        elif "_get_data_attr" in name or "_set_data" in name:
+            text = "`.data` lets writes go past autograd"
+            found.append(
+                Unsupported("mutation", node, text, "use .detach(), or write out of place under no_grad")
+            )
         elif "inference_mode" in name:
             found.append(
                 _opaque("trace_failed", node, "an ATen graph doesn't show regions of inference_mode")
@@ -87,6 +92,9 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
     with fakes[0].fake_mode:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, str(node.target)), torch._subclasses.FakeTensor):
+            raise ValueError(f"`{node.name}` is a value of the graph that tracing took for a constant")
     if any(n.target in _AUTOCAST_SWITCHES for n in traced.graph.nodes):
         with fakes[0].fake_mode, torch.set_grad_enabled(torch.is_grad_enabled()):
             _Revalue(traced).run(*values)
@@ -286,6 +294,11 @@ def is_fresh_item(node: fx.Node) -> bool:
         and source.op == "call_function"
         and not is_view(source)
     )
+
+
+def is_constant_fill(node: fx.Node) -> bool:
+    """One number everywhere, and nobody writes into it."""
+    return node.target is aten.full.default and not any(is_view(u) or mutated_args(u) for u in node.users)
 
 
 def base_of(node: fx.Node) -> fx.Node:

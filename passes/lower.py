@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .attention_match import AttentionMatch
-from .graph import aten, bound_args, is_mode_switch, node_arg, val
+from .graph import aten, base_of, bound_args, is_mode_switch, node_arg, val
 from .layout import KEY, POSITION, ROW, Dim, Selection, TokenLayout, is_token_factor
 from .mask_formula import Column, emit_column
 from .packed_graphs import Input, PackedGraphs, ResultRef
@@ -76,7 +76,7 @@ class Lowering:
         self.cuts: dict[Selection, tuple[Any, Any]] = {}
         self.late_inputs: dict[tuple[str, int], fx.Node] = {}
         self.placeholders = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        self.maps: dict[int, fx.Node] = {}
+        self.maps: dict[tuple[int, str], fx.Node] = {}
         self.keys: dict[tuple[int, tuple[Dim, ...]], None] = {}
         self.columns: dict[Column, fx.Node] = {}
         self.position_is_key = False
@@ -101,8 +101,7 @@ class Lowering:
             if is_mode_switch(node):
                 self._copy_switch(node)
             elif node.op == "output":
-                results = fx.map_arg(node.args[0], self._in_late)
-                self.late.output(results)
+                self.late.output(fx.map_arg(node.args[0], self._in_output))
             elif node in needed and values[node].kind == STREAM and not self._inside_attention(node):
                 self._emit(node)
                 if self._is_unpacked(node):
@@ -312,8 +311,29 @@ class Lowering:
             self.late_inputs[(source, index)] = found
         return found
 
+    def _in_output(self, node: fx.Node) -> Any:
+        """The late graph's value that the caller gets: zeros where tokens were dropped."""
+        if self.analysis.kind(node) != STREAM or self._shares_memory(node) or node in self.placeholders:
+            return self._in_late(node)
+        return self._unpacked(node, "class_of")
+
+    def _shares_memory(self, node: fx.Node) -> bool:
+        """Do other outputs look into the same memory? They all have to be made from one unpacked value."""
+        return node in self.shared_views or base_of(node) in {base_of(v) for v in self.shared_views}
+
+    def _unpacked(self, node: fx.Node, source: str) -> fx.Node:
+        layout = self.analysis.values[node].layout
+        packed = self._packed_result(self._in_packed(node))
+        return self.late.call_function(
+            unpack_tokens, (packed, self._map(layout.selection, source), layout.dims)
+        )
+
     def _in_late(self, node: fx.Node) -> Any:
-        """The late graph's value for a node of the original graph; tokens are unpacked."""
+        """The late graph's value for a node of the original graph; tokens are unpacked.
+
+        Dropped tokens get the value of another one. Whatever reads them is switched off there by a factor of zero
+        (`padding.py`), and zero times a number is zero; but zeros in their place might become infinite on the way.
+        """
         if node in self.late_env:
             return self.late_env[node]
         kind = self.analysis.kind(node)
@@ -326,11 +346,7 @@ class Lowering:
                 node, self._in_late
             )  # of the unpacked base: outputs that share memory still do
         elif kind == STREAM:
-            layout = self.analysis.values[node].layout
-            found = self.late.call_function(
-                unpack_tokens,
-                (self._packed_result(self._in_packed(node)), self._map(layout.selection), layout.dims),
-            )
+            found = self._unpacked(node, "token_of")
         else:
             raise AssertionError(f"{node} ({kind}) comes too late")
         self.late_env[node] = found
@@ -341,16 +357,19 @@ class Lowering:
         index = self.packed_outputs.setdefault(packed, len(self.packed_outputs))
         return self._late_input("packed", index)
 
-    def _map(self, selection: Selection) -> fx.Node:
-        """The map from the tokens of a selection to packed tokens: the same cuts, applied to `class_of` [N, S]."""
+    def _map(self, selection: Selection, source: str = "token_of") -> fx.Node:
+        """The map from the tokens of a selection to packed tokens: the same cuts, applied to a map [N, S].
+
+        `source` is "token_of", or "class_of", which has -1 where a token was dropped.
+        """
         if selection.parent is None:
-            return self._late_input("class_of", 0)
-        found = self.maps.get(id(selection))
+            return self._late_input(source, 0)
+        found = self.maps.get((id(selection), source))
         if found is None:
             target, args = _cut(selection)
-            parent = self._map(selection.parent)
+            parent = self._map(selection.parent, source)
             found = self.late.call_function(target, (parent, *fx.map_arg(args, self._in_late)))
-            self.maps[id(selection)] = found
+            self.maps[(id(selection), source)] = found
         return found
 
     def _note_cuts(self, selection: Selection) -> None:
@@ -474,7 +493,13 @@ class Lowering:
             self._note_cuts(factor.selection)
         guards = [[(self._result(f.node), f) for f in group] for group in self.guards.groups]
         key_valid = [self._valid_keys(m) for m in self.matches.values()]
-        outputs = [self._tokens_of(leaf) for leaf in tree_leaves(self.gm.graph.output_node().args[0])]
+        leaves = tree_leaves(self.gm.graph.output_node().args[0])
+        outputs = [self._tokens_of(leaf) for leaf in leaves]
+        to_zero = [
+            i
+            for i, (leaf, layout) in enumerate(zip(leaves, outputs, strict=True))
+            if layout is not None and self.analysis.kind(leaf) == LATE and not self._shares_memory(leaf)
+        ]
         data_masks = [
             (self._result(node), formulas[node].data_additive, formulas[node].data_negated)
             for node in self.data_masks
@@ -501,6 +526,7 @@ class Lowering:
             whole=self.analysis.whole,
             matches=list(self.matches.values()),
             outputs=outputs,
+            to_zero=to_zero,
         )
 
     def _tokens_of(self, leaf: Any) -> TokenLayout | None:

@@ -89,6 +89,7 @@ class PackedGraphs:
         guards: groups of prologue results that switch padding off (`padding.py`).
         results: the prologue's results as nodes of the original graph.
         outputs: for each output, in the order of the original's leaves, the dims that its tokens are in, if it has any.
+        to_zero: the outputs that the late graph computed, token by token: what they are at dropped tokens says nothing.
         head: the packed graph's head, if it can run in chunks.
         data_masks: masks to be checked at each call: prologue result, additive?, negated?
     """
@@ -109,6 +110,7 @@ class PackedGraphs:
     whole: Selection
     matches: list[AttentionMatch]
     outputs: list[TokenLayout | None]
+    to_zero: list[int]
     head: Head | None = None
 
 

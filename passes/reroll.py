@@ -21,7 +21,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, call, is_mode_switch, is_tensor, mutated_args, same_size, shape
+from .graph import (
+    aten,
+    base_of,
+    bound_args,
+    call,
+    is_mode_switch,
+    is_tensor,
+    mutated_args,
+    same_size,
+    shape,
+    val,
+)
 from .rules.pointwise import POINTWISE
 
 # Operations along dims: the position of the argument that names them, and whether they may drop these dims.
@@ -80,6 +91,8 @@ class _Loop:
         whole = self.roll(tuple(lanes))
         is_new = whole is not None and whole not in lanes and self._is_undisturbed(lanes)
         found = self._collected(whole, lanes, dim) if whole is not None and is_new else None
+        if found is not None and base_of(found) in before:  # stack and cat copy
+            found = self.call(aten.clone.default, self.root, found)
         if found is None:
             for node in reversed([n for n in self.graph.nodes if n not in before]):
                 self.graph.erase_node(node)
@@ -248,12 +261,14 @@ class _Loop:
             return None  # it would meet the loop's dim
         if not self.by_rows and not self._is_aligned(group, lanes):
             return None
-        return self.call(
+        new = self.call(
             group[0].target,
             group[0],
             *(self._raised(a, rank) if isinstance(a, _Lanes) else a for a in args),
             **kwargs,
         )
+        # a number of each lane is a tensor with dims now, which counts more when types are promoted
+        return new if val(new).dtype == val(group[0]).dtype else None
 
     def _raised(self, lanes: _Lanes, rank: int) -> fx.Node:
         """Rows broadcast from the right, behind their own dim: as many dims as the result."""

@@ -106,7 +106,7 @@ def label_loss(
         else torch.where(kept, weight[label].to(log_probs.dtype), 0)
     )
     found = _look_up(log_probs, dims, loss_request(token_map, dims, target, ignore_index))
-    loss = -found[:, 0] * weights
+    loss = torch.where(kept, -found[:, 0], 0) * weights  # an ignored label may be impossible: -inf
     if smooth is not None:
         classes = log_probs.width if isinstance(log_probs, Gathered) else log_probs.shape[-1]
         index = flat_map(token_map, dims)

@@ -46,11 +46,7 @@ def fake_inputs(
                 made.append(like)
                 continue
             if any(not isinstance(s, int) for s in like.shape):
-                return Unsupported(
-                    "size_as_number",
-                    source,
-                    "a value whose size depends on the batch is used for every token",
-                )
+                return _size_as_number(source)
             empty = torch.empty_strided(
                 tuple(like.shape), like.stride(), dtype=like.dtype, device=like.device
             )
@@ -58,6 +54,8 @@ def fake_inputs(
         elif spec.kind == "column":
             source = graphs.results[spec.index]
             like = val(source)
+            if any(not isinstance(f, (int, str)) for dim in spec.dims for f in dim):
+                return _size_as_number(source)
             made.append(
                 _empty(column_shape(spec.dims, tokens), like.dtype, like.device, requires_grad(source))
             )
@@ -68,6 +66,12 @@ def fake_inputs(
         else:
             made.append(torch.empty((tokens,), dtype=torch.int64, device=_device(graphs)))
     return made
+
+
+def _size_as_number(source: fx.Node) -> Unsupported:
+    return Unsupported(
+        "size_as_number", source, "a value whose size depends on the batch is used for every token"
+    )
 
 
 def _empty(size: Any, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> torch.Tensor:

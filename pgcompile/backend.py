@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .chunks import number_of_chunks, run_head
@@ -239,13 +239,28 @@ class PackedCall:
         }[spec.kind]  # fmt: skip
 
     def _late(self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any], plan: Plan) -> Any:
-        return self.graphs.late(*self._late_inputs(args, results, packed, plan))
+        outputs = self.graphs.late(*self._late_inputs(args, results, packed, plan))
+        if plan.valid_tokens == plan.dense_tokens or not self.graphs.to_zero:
+            return outputs
+        leaves, spec = tree_flatten(outputs)
+        for i in self.graphs.to_zero:
+            layout = self.graphs.outputs[i]
+            assert layout is not None
+            kept = kept_elements(leaves[i], layout, plan, results, self.graphs)
+            leaves[i] = leaves[i].masked_fill(~kept, 0)
+        return tree_unflatten(leaves, spec)
 
     def _late_inputs(
         self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any] | None, plan: Plan
     ) -> list[Any]:
         """The late graph's inputs; without packed values, None in their places."""
-        sources = {"argument": args, "prologue": results, "packed": packed, "class_of": (plan.class_of,)}
+        sources = {
+            "argument": args,
+            "prologue": results,
+            "packed": packed,
+            "class_of": (plan.class_of,),
+            "token_of": (plan.token_of,),
+        }
         return [
             None if values is None else values[index]
             for values, index in ((sources[source], index) for source, index in self.graphs.late_inputs)

@@ -59,7 +59,10 @@ def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     """Give a graph to the inner compiler that `options` names."""
     if options.inner == "eager":
         return gm
-    with torch._functorch.config.patch(donated_buffer=options.check == 0):  # `check` runs backward twice
+    if options.check == 0:
+        return _compile_inner(gm, inputs, options)
+    # `check` runs backward twice; cached kernels may overwrite what it saved (whether they do is in no cache key)
+    with torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False):
         return _compile_inner(gm, inputs, options)
 
 
@@ -71,8 +74,10 @@ def _compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) 
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(options.inner_mode) if options.inner_mode else None
-    compiled = compile_fx(gm, list(inputs), config_patches=patches)
+    patches = dict(list_mode_options(options.inner_mode)) if options.inner_mode else {}
+    if options.check:
+        patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+    compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
     assert callable(compiled)  # anything else is for AOTInductor
     return compiled
 

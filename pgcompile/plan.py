@@ -6,6 +6,7 @@ their rows agree on every key column, bitwise, from the first kept token up to t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,11 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.tree.tokens
+
+    @functools.cached_property
+    def token_of(self) -> Tensor:
+        """As class_of, with any token where one was dropped."""
+        return self.class_of.clamp(min=0)
 
     @property
     def dense_tokens(self) -> int:

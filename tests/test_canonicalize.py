@@ -18,6 +18,9 @@ SPELLINGS = {
     "broadcast_tensors, new dims": (
         lambda x, t: torch.broadcast_tensors(x[0], t[..., None])[0] * 2, ["broadcast_tensors"], ["expand"],
     ),
+    "broadcast_tensors, a dim of size 1": (
+        lambda x, t: torch.broadcast_tensors(torch.arange(5), x[:1]), ["broadcast_tensors"], ["expand"],
+    ),
     "cross entropy of classes in dim 1": (
         lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="none"), [], ["flatten", "cross_entropy_loss"],
     ),

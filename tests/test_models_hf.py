@@ -2,6 +2,10 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -298,6 +302,41 @@ def test_autocast(where):
     assert_no_worse_than_eager(tensors, torch.finfo(torch.bfloat16).eps)
     if BACKEND == "pgcompile":
         assert (pgcompile.stats().packed, pgcompile.stats().dense, pgcompile.stats().eager) == (5, 0, 0)
+
+
+CHECKED_IN_A_FRESH_PROCESS = """
+    import sys
+
+    sys.path.insert(0, {tests!r})
+    import copy
+    import pgcompile
+    from tiny_hf import build
+    from test_models_hf import random_tree_batch, VOCAB
+
+    def logprobs(model, ids):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+    model = build("qwen3").float()
+    eager, ids = copy.deepcopy(model), random_tree_batch(rows=16, positions=70, vocab=VOCAB).input_ids
+    fast = pgcompile.optimize(min_saving=0, check=int(sys.argv[1]))(logprobs)
+    for call, owner in ((fast, model), (logprobs, eager)):
+        call(owner, ids).sum().backward()
+    pairs = zip(model.parameters(), eager.parameters())
+    print(max(((a.grad - b.grad).norm() / b.grad.norm().clamp(min=1e-3)).item() for a, b in pairs))
+"""
+
+
+@pytest.mark.skipif(BACKEND != "pgcompile", reason="checks pgcompile against eager")
+def test_check_after_a_run_without_it(tmp_path):
+    """Kernels in inductor's cache may overwrite what backward reads; `check` needs it twice."""
+    code = textwrap.dedent(CHECKED_IN_A_FRESH_PROCESS.format(tests=os.path.dirname(__file__)))
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for check in ("0", "1"):
+        command = [sys.executable, "-c", code, check]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 1e-4, f"check={check}: {done.stdout}"
 
 
 def test_packed_llama_is_eager_to_twelve_digits():

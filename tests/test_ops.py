@@ -191,6 +191,18 @@ def test_attention_equals_brute_force(seed, shape, block, window, masked, monkey
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("masked", ["nothing", "columns"])
+def test_attention_with_scales_that_are_not_positive(scale, masked, engine):
+    tree = random_tree(1)
+    mask = columns(tree) if masked == "columns" else {}
+    qkv = inputs(tree, heads=4)
+    expected = gradients(lambda *x: brute_force(tree, *x, scale=scale, **mask)[0], qkv)
+    actual = gradients(lambda *x: attend(tree, *x, scale=scale, **mask, engine=engine)[0], qkv)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "rows", [[[1]], [[1], [2], [3]], [[1, 2, 3]]], ids=["one token", "single tokens", "one row"]
 )

@@ -362,3 +362,177 @@ def graph_without_autocast(graph, m, ids):
         return graph(m, ids)
     finally:
         torch.autocast.__enter__, torch.autocast.__exit__ = original, leave
+
+
+# -- padding, whatever follows it ------------------------------------------------------------------------------------
+
+
+def right_padding():
+    mask = torch.ones(ROWS, POSITIONS, dtype=torch.long)
+    mask[1, 7:], mask[2, 8:] = 0, 0
+    return mask
+
+
+def padded_body(m, ids, mask):
+    x = m.emb(ids)
+    allowed = causal() & mask.bool()[:, None, None, :]
+    return x + m.merge(F.scaled_dot_product_attention(*m.split(x), attn_mask=allowed))
+
+
+def probability(m, ids, mask):
+    return m.head(padded_body(m, ids, mask)).softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def log_of_a_probability(m, ids, mask):
+    return (probability(m, ids, mask).log() * mask).sum() / mask.sum()
+
+
+def ratio(m, ids, mask):
+    return (0.5 / probability(m, ids, mask) * mask).sum()
+
+
+def chosen_after_a_log(m, ids, mask):
+    """The derivative of what isn't chosen must be finite, too."""
+    return torch.where(mask.bool(), (probability(m, ids, mask) * m.table[0, 0].exp()).log(), 0).sum()
+
+
+def unit_vectors(m, ids, mask):
+    h = padded_body(m, ids, mask) * (ids + 1.0)[..., None]
+    return (h / h.norm(dim=-1, keepdim=True) * mask[..., None]).sum()
+
+
+@pytest.mark.parametrize("graph", [log_of_a_probability, ratio, chosen_after_a_log, unit_vectors])
+def test_dropped_padding_makes_nothing_infinite(graph):
+    report = assert_same(
+        graph, (model(), batch(), right_padding()), options=ALWAYS_PACK, expect_status="packed"
+    )
+    assert report.stats.valid_tokens == ROWS * POSITIONS - 3
+    assert all(g is None or g.isfinite().all() for g in report.compiled.gradients.values())
+
+
+def test_outputs_computed_late_are_zero_where_padding_was_dropped():
+    mask = right_padding()
+    fast = torch.compile(
+        lambda m, ids, mask: (probability(m, ids, mask).log() + 1, probability(m, ids, mask) > 0), backend="pgcompile",
+        options=ALWAYS_PACK,
+    )  # fmt: skip
+    logs, signs = fast(model(), batch(), mask)
+    assert (logs[mask == 0] == 0).all() and (logs[mask == 1] != 0).all()
+    assert signs.dtype == torch.bool and torch.equal(signs, mask.bool())
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda x, y, **k: F.nll_loss(x.log_softmax(-1), y, **k)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_labels_of_an_impossible_class(loss, reduction):
+    def graph(m, ids, mask):
+        logits = m.head(padded_body(m, ids, mask)).masked_fill(torch.arange(VOCAB) == 0, -INF)
+        labels = torch.where(mask.bool() & (torch.arange(POSITIONS) > 3), ids.clamp(min=1), -100)
+        return loss(logits.flatten(0, 1), labels.flatten(), reduction=reduction)
+
+    assert_same(graph, (model(), batch(), right_padding()), options=ALWAYS_PACK, expect_status="packed")
+
+
+# -- copies and writes -----------------------------------------------------------------------------------------------
+
+
+def copied_then_written(m, ids):
+    h = m.body(ids)
+    k = torch.empty_like(h)
+    k.copy_(h)
+    h.mul_(2)
+    return k + h
+
+
+def assigned_then_written(m, ids):
+    h = m.body(ids)
+    k = torch.zeros_like(h)
+    k[:] = h
+    h.mul_(2)
+    return h + k
+
+
+def shared_expert(m, ids):
+    """A constant with a column that is always on, then scattered into."""
+    h = m.body(ids).flatten(0, 1)
+    top = h.softmax(-1).topk(2, -1)
+    z = torch.zeros(h.shape[0], WIDTH, dtype=h.dtype)
+    z[:, 0] = 1.0
+    gate = z.scatter(1, top.indices, top.values)
+    return (h * gate).view(ROWS, POSITIONS, WIDTH)
+
+
+def written_without_gradient(m, ids):
+    h = m.body(ids)
+    with torch.no_grad():
+        h.mul_(2)
+    return h * 3
+
+
+def written_through_data(m, ids):
+    h = m.body(ids)
+    h.data.mul_(2)
+    return h * 3
+
+
+@pytest.mark.parametrize(
+    ("graph", "status"),
+    [
+        (copied_then_written, "packed"),
+        (assigned_then_written, "packed"),
+        (shared_expert, "packed"),
+        (written_without_gradient, "eager"),
+        (written_through_data, "eager"),
+    ],
+)
+def test_writes(graph, status):
+    assert_same(graph, (model(), batch()), options=ALWAYS_PACK, expect_status=status)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x: torch.empty_like(x).copy_(x),
+        lambda x: torch.stack(list(x)),
+        lambda x: torch.cat(x.split(1)),
+    ],
+)
+def test_a_copy_has_memory_of_its_own(copy):
+    fast = torch.compile(
+        lambda m, ids, mask: (m.body(ids), copy(mask)), backend="pgcompile", options=ALWAYS_PACK
+    )
+    mask = right_padding()
+    _, copied = fast(model(), batch(), mask)
+    copied.zero_()
+    assert mask.sum() == ROWS * POSITIONS - 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_times_numbers_keep_their_dtype(dtype):
+    """A number in each lane has no say in type promotion; all of them in one tensor would."""
+
+    def graph(m, ids, advantages):
+        return torch.stack([row * a for row, a in zip(m.body(ids), advantages)])
+
+    advantages = torch.randn(ROWS, dtype=torch.float64)
+    assert_same(
+        graph, (model(dtype=dtype), batch(), advantages), options=ALWAYS_PACK, tol=0.02, gradient_tol=0.05
+    )
+
+
+# -- check -----------------------------------------------------------------------------------------------------------
+
+
+def banned_token(m, ids, mask):
+    return m.head(padded_body(m, ids, mask)).masked_fill(torch.arange(VOCAB) == 0, -INF).log_softmax(-1)
+
+
+def log_at_padding(m, ids, mask):
+    return probability(m, ids, mask).log()
+
+
+@pytest.mark.parametrize("graph", [banned_token, log_at_padding])
+def test_check_accepts_infinities_that_are_eagers(graph):
+    pgcompile.reset_stats()
+    fast = torch.compile(graph, backend="pgcompile", options={**ALWAYS_PACK, "check": 1})
+    fast(model(), batch(), right_padding())
+    assert (pgcompile.stats().packed, pgcompile.stats().checked) == (1, 1)

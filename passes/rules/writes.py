@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..graph import is_constant_fill
 from ..layout import Dim, TokenLayout, is_token_factor, plain
 from ..reasons import Unsupported
 from .common import (
@@ -81,7 +82,7 @@ def _merged(
     dims[dim] = written
     layout = TokenLayout(tuple(dims), selection)
     columns = {}
-    is_constant = parts[0].kind in (PROLOGUE, DENSE) and parts[0].node.target is aten.full.default
+    is_constant = parts[0].kind in (PROLOGUE, DENSE) and is_constant_fill(parts[0].node)
     is_filled = is_constant and same_rank
     for o in parts:
         if o.kind == STREAM:

@@ -37,6 +37,7 @@ def attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
+    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scale)
     value_size = v_1KTE.shape[-1]
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     dtype = reference.compute_dtype(q)
@@ -70,6 +71,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
+    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
     sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
     q, k, v, grad_out, out = token_major(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
     dtype = reference.compute_dtype(q)
@@ -85,11 +87,18 @@ def attention_backward(
         call.add_queries(grads[0], dq)
         call.add_keys(grads[1], dk)
         call.add_keys(grads[2], dv)
+    if factor != 1:
+        grads[0].mul_(factor)
     dq, dk, dv = (
         grad[None, ..., :size].to(q.dtype).contiguous().transpose(1, 2)
         for grad, size in zip(grads, sizes, strict=True)
     )
     return dq, dk, dv
+
+
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Queries, scale, and what the queries were multiplied by: the kernel multiplies its -inf by the scale, too."""
+    return (q, scale, 1.0) if scale > 0 else (q * scale, 1.0, scale)
 
 
 def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
