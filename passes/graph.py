@@ -92,9 +92,6 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
     with fakes[0].fake_mode:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
-    for node in traced.graph.find_nodes(op="get_attr"):
-        if isinstance(getattr(traced, str(node.target)), torch._subclasses.FakeTensor):
-            raise ValueError(f"`{node.name}` is a value of the graph that tracing took for a constant")
     if any(n.target in _AUTOCAST_SWITCHES for n in traced.graph.nodes):
         with fakes[0].fake_mode, torch.set_grad_enabled(torch.is_grad_enabled()):
             _Revalue(traced).run(*values)

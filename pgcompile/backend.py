@@ -190,9 +190,12 @@ class PackedCall:
         )  # fmt: skip
         wanted = MIN_SAVING if self.options.min_saving is None else self.options.min_saving
         if self.options.min_saving != 0 and report.saving < wanted:
-            raise DenseCall(
-                "not_worth_it", f"packing would save {report.saving:.0%} of the work, less than {wanted:.0%}"
-            )
+            text = f"packing would save {report.saving:.0%} of the work, less than {wanted:.0%}"
+            if any(results[i].requires_grad for i, _ in self.graphs.keys):
+                text += (
+                    "; a float input requires grad (from behind a graph break, say), so rows share nothing"
+                )
+            raise DenseCall("not_worth_it", text)
         return results, plan
 
     def _prepare(

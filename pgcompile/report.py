@@ -123,7 +123,11 @@ class Explanation:
     def _print(self, console: Any) -> None:
         from rich.table import Table
 
-        console.print(f"[bold]pgcompile: {self.status}[/bold]")
+        ran_dense = self.status == "packed" and any(b.decision != "packed" for b in self.batches)
+        suffix = ", but this batch runs as written" if ran_dense else ""
+        console.print(f"[bold]pgcompile: {self.status}[/bold]{suffix}")
+        if not self.graphs:
+            console.print("  Dynamo compiled no graph; TORCH_LOGS=graph_breaks tells why", markup=False)
         for i, graph in enumerate(self.graphs):
             if graph.attention:
                 table = Table(

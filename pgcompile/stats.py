@@ -38,9 +38,11 @@ class Stats:
 
     def __str__(self) -> str:
         saved = 1 - self.packed_tokens / self.dense_tokens if self.dense_tokens else 0.0
+        checked = f", {self.checked} checked" if self.checked else ""
         return (
-            f"calls: {self.packed} packed, {self.dense} dense, {self.eager} eager; {self.dense_tokens:,} tokens → "
-            f"{self.valid_tokens:,} without padding → {self.packed_tokens:,} distinct ({saved:.0%} saved); "
+            f"calls: {self.packed} packed, {self.dense} dense, {self.eager} eager{checked}; "
+            f"{self.dense_tokens:,} tokens → {self.valid_tokens:,} without padding → "
+            f"{self.packed_tokens:,} distinct ({saved:.0%} saved); "
             f"{self.compiles} compiles, {self.recompile_limit_hits} recompile limit hits, "
             f"{self.plan_seconds:.3f} s planning"
         )

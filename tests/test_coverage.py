@@ -166,10 +166,12 @@ def test_a_class(measured):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--only", "lama"], "'lama' matches no causal-LM type"),
+        (["--only", "lama"], "'lama' matches no causal-LM type; did you mean 'llama'?"),
         (["--class", "F"], "no type has the class 'F'"),
-        (["--class", "C", "--only", "llama"], "'llama' matches no causal-LM type"),
+        (["--class", "C", "--only", "llama"], "'llama' matches no causal-LM type of class C"),
         (["--resume"], "--resume needs --json"),
+        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["--json", __file__], "exists: --resume keeps its rows"),
     ],
 )
 def test_bad_arguments(args, message, measured):
@@ -206,7 +208,8 @@ def test_an_interrupted_run_keeps_its_rows(measured, tmp_path, monkeypatch):
         return give(name)
 
     monkeypatch.setattr(command, "measure", interrupted)
-    assert run("--only", "gpt2,llama", "--json", file).exit_code != 0
+    result = run("--only", "gpt2,llama", "--json", file)
+    assert result.exit_code == 130 and "interrupted after 1 of 2 types" in result.output
     assert [row["model_type"] for row in json.loads(file.read_text())] == ["gpt2"]
 
 

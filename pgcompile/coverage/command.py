@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import json
 import logging
@@ -23,7 +24,10 @@ from .table import COLORS, markdown, terminal_table, totals
 @click.command()
 @click.option("--only", metavar="PATTERNS", help="Types by name, comma-separated, with * as a wildcard.")
 @click.option(
-    "--class", "classes", metavar="CLASSES", help="Types by class, comma-separated: A, A2, B, C, D, E."
+    "--class",
+    "classes",
+    metavar="CLASSES",
+    help="Types by class, comma-separated: A, A2, B, C, D, E; docs/coverage.md says what they are.",
 )
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows here."
@@ -50,6 +54,11 @@ def coverage(
         raise click.ClickException('transformers is not installed; pip install "pgcompile[hf]"') from None
     if resume and json_file is None:
         raise click.UsageError("--resume needs --json, the file with the rows to keep")
+    for file in (json_file, page):
+        if file is not None and not file.parent.is_dir():
+            raise click.UsageError(f"there is no folder {file.parent}")
+    if json_file is not None and json_file.exists() and not resume:
+        raise click.UsageError(f"{json_file} exists: --resume keeps its rows, or remove it")
     names = choose_types(MODEL_TYPES, only, classes)
     rows = {row.model_type: row for row in read_rows(json_file)} if resume and json_file is not None else {}
     console = Console()
@@ -61,7 +70,14 @@ def coverage(
         for name in names:
             progress.update(task, description=name)
             if name not in rows:
-                rows[name] = measure(name)
+                try:
+                    rows[name] = measure(name)
+                except KeyboardInterrupt:
+                    where = f"; {json_file} has them, go on with --resume" if json_file is not None else ""
+                    console.print(
+                        f"interrupted after {len(rows)} of {len(names)} types{where}", soft_wrap=True
+                    )
+                    raise SystemExit(130) from None
                 if json_file is not None:
                     write_rows(json_file, list(rows.values()))
             if rows[name].status != "packed":
@@ -70,8 +86,10 @@ def coverage(
     measured = [rows[name] for name in names]
     console.print(terminal_table(measured))
     if page is not None:
+        command = ["pgcompile coverage", *(f"--only '{only}'" for _ in range(only is not None))]
+        command += [*(f"--class {classes}" for _ in range(classes is not None)), f"--markdown {page}"]
         versions = f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-        write_atomically(page, markdown(measured, versions, f"pgcompile coverage --markdown {page}"))
+        write_atomically(page, markdown(measured, versions, " ".join(command)))
     console.print(totals(measured), highlight=False)
     if any(row.status == "wrong" for row in measured):
         raise SystemExit(1)
@@ -101,7 +119,12 @@ def choose_types(known: Sequence[str], only: str | None, classes: str | None) ->
         patterns = [p.strip() for p in only.split(",")]
         unknown = [p for p in patterns if not fnmatch.filter(names, p)]
         if unknown:
-            raise click.BadParameter(f"{unknown[0]!r} matches no causal-LM type", param_hint="--only")
+            near = difflib.get_close_matches(unknown[0], names, 1)
+            of = f" of class {classes}" if classes is not None else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise click.BadParameter(
+                f"{unknown[0]!r} matches no causal-LM type{of}{hint}", param_hint="--only"
+            )
         names = [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
     return names
 
