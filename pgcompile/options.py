@@ -50,6 +50,13 @@ class Options:
     disable_passes: tuple[str, ...] = ()
     dump_dir: str | None = None
 
+    def __new__(cls, *_: Any, **given: Any) -> Options:
+        """An unknown key is a ValueError that names the nearest, as an unknown value is, not the usual TypeError."""
+        valid = tuple(f.name for f in fields(cls))
+        for key in given:
+            _choose("option", key, valid)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, valid in CHOICES.items():
             _choose(f"value for {name}", getattr(self, name), valid)
@@ -83,10 +90,7 @@ class Options:
             return options
         if options is not None and not isinstance(options, Mapping):
             raise ValueError(f"options must be a mapping of names to values or an Options, not {options!r}")
-        given = dict(options or {})
-        valid = tuple(f.name for f in fields(cls))
-        for key in given:
-            _choose("option", key, valid)
+        given = {str(key): value for key, value in (options or {}).items()}
         if mode is not None and mode != "default":
             given.setdefault("inner_mode", mode)
         return cls(**given)

@@ -106,9 +106,10 @@ def assert_equals_eager(fast, original, batch, **details):
         ({"disable_passes": ["verify"]}, "verify_pass", "lower_pass"),
     ],
 )
-def test_unknown_options_name_the_valid_and_the_nearest(options, nearest, some_valid):
+@pytest.mark.parametrize("make", [Options.of, lambda options: Options(**options)])
+def test_unknown_options_name_the_valid_and_the_nearest(make, options, nearest, some_valid):
     with pytest.raises(ValueError) as caught:
-        Options.of(options)
+        make(options)
     text = str(caught.value)
     assert f"did you mean {nearest!r}" in text and repr(some_valid) in text
 
