@@ -207,7 +207,9 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
                 )
             found = read_additive(mask, alone=False, lead=_lead(scores, analysis))
             return found if isinstance(found, Unsupported) else (scores, 1.0, found)
-    return Unsupported("token_mixing", node, f"`{target}` between attention scores and softmax has no rule")
+    text = f"`{target}` between attention scores and softmax has no rule"
+    hint = "understood is: scores × scale + mask → softmax; scores that are soft-capped or biased aren't yet"
+    return Unsupported("token_mixing", node, text, hint)
 
 
 def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float] | Unsupported:
