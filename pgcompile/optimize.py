@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,9 +89,25 @@ def explain(
     target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
     compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    named = _named(fn, args, kwargs)
     with _restored(fn, args, kwargs), paused(), torch.random.fork_rng(devices=devices):
-        compiled(*args, **kwargs)
+        if named is not None:
+            compiled(**named)
+        else:
+            compiled(*args, **kwargs)
     return explanation
+
+
+def _named(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """All arguments by name, so that reports can use the names; None where some have none."""
+    try:
+        parameters = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn).parameters
+    except (TypeError, ValueError):  # builtins
+        return None
+    names = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    is_plain = list(parameters)[: len(args)] == names[: len(args)] and len(args) <= len(names)
+    given = dict(zip(names, args, strict=False))
+    return {**given, **kwargs} if is_plain and not given.keys() & kwargs.keys() else None
 
 
 @contextmanager
