@@ -71,9 +71,9 @@ def split_head(
 
 
 def _widest_linears(graph: fx.Graph) -> list[fx.Node]:
-    linears = [
-        n for n in graph.find_nodes(op="call_function", target=aten.linear.default) if _width(n) is not None
-    ]
+    linears = graph.find_nodes(op="call_function", target=aten.linear.default)
+    if any("packed" not in n.meta for n in linears):
+        return []  # verify_pass is disabled
     width = max((_width(n) for n in linears), default=0)
     found = [n for n in linears if _width(n) == width]
     feeds = max((n.args[0].meta["packed"][0][-1] for n in found), default=0)

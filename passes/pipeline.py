@@ -61,6 +61,7 @@ def run_passes(
     dump_dir: str | None = None,
 ) -> Compilation:
     """Run `passes` until one gives a reason to fall back. An exception is a reason too, and is kept in `errors`."""
+    graph = _graph_name(dump_dir)
     for number, run in enumerate(passes):
         name = run.__name__
         started = time.perf_counter()
@@ -69,9 +70,9 @@ def run_passes(
                 if name not in OPTIONAL:
                     compilation.refuse(Unsupported("pass_disabled", None, f"{name} is in disable_passes"))
             else:
-                _dump(dump_dir, number, name, "before", compilation)
+                _dump(dump_dir, f"{graph}_{number:02d}_{name}", "before", compilation)
                 run(compilation)
-                _dump(dump_dir, number, name, "after", compilation)
+                _dump(dump_dir, f"{graph}_{number:02d}_{name}", "after", compilation)
         except Exception as error:  # whatever goes wrong in a pass, the original graph still runs
             compilation.errors.append(error)
             kind = "trace_failed" if compilation.aten is None else "internal_error"
@@ -87,10 +88,18 @@ def run_passes(
     return compilation
 
 
-OPTIONAL = ("canonicalize_pass", "functionalize_pass", "padding_pass", "verify_pass")
+OPTIONAL = (
+    "canonicalize_pass", "functionalize_pass", "reroll_pass", "padding_pass", "verify_pass", "head_pass",
+)  # fmt: skip
 
 
-def _dump(folder: str | None, number: int, name: str, when: str, compilation: Compilation) -> None:
+def _graph_name(folder: str | None) -> str:
+    """Graphs are numbered in the order in which a folder got them."""
+    seen = Path(folder).glob("graph*_00_*.before.py") if folder is not None else ()
+    return f"graph{len(list(seen))}"
+
+
+def _dump(folder: str | None, name: str, when: str, compilation: Compilation) -> None:
     """Write the graphs that exist by now to `folder`, atomically."""
     if folder is None:
         return
@@ -101,7 +110,7 @@ def _dump(folder: str | None, number: int, name: str, when: str, compilation: Co
     for label, gm in graphs.items():
         if gm is not None:
             text.append(f"# {label}\n{gm.print_readable(print_output=False)}")
-    path = Path(folder) / f"graph{id(compilation.dynamo):x}_{number:02d}_{name}.{when}.py"
+    path = Path(folder) / f"{name}.{when}.py"
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

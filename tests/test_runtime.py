@@ -40,8 +40,11 @@ import pgcompile
 from pgcompile import backend, inner
 from pgcompile import engines as engine_table
 from pgcompile.options import Options
+from pgcompile.passes.pipeline import OPTIONAL
 
 BATCH = dict(rows=6, positions=9)
+
+NEEDED = ("opaque_pass", "aten_pass", "analyse_pass", "attention_pass", "lower_pass")
 
 
 @pytest.fixture(autouse=True)
@@ -448,7 +451,7 @@ def test_dump_dir_gets_every_pass(tmp_path):
             assert "def forward" in files[name]
     last = next(text for name, text in files.items() if "lower_pass.after" in name)
     assert "prefix_attention" in last and "gather_tokens" in last
-    assert len(files) == 2 * len(PASSES)
+    assert len(files) == 2 * len(PASSES) and all(name.startswith("graph0_") for name in files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +492,7 @@ def test_short_branches_are_not_worth_a_segment():
         assert counts == [80 - shared, default]
 
 
-@pytest.mark.parametrize("name", ["canonicalize_pass", "functionalize_pass", "padding_pass", "verify_pass"])
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_a_disabled_pass_never_changes_the_result(name):
     """Labels that count padding: without the pass that notices, nothing may be dropped."""
     model, batch = zoo("half_rotary"), batch_of(padding="right", prefixes=2)
@@ -502,11 +505,18 @@ def test_a_disabled_pass_never_changes_the_result(name):
         expected = loss(**batch.inputs)
         actual = compiled(loss, {"disable_passes": [name]}, fullgraph=True)(**batch.inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=0)
+    assert pgcompile.stats().packed == 1
+
+
+def test_every_pass_is_optional_or_needed():
+    from pgcompile.passes import PASSES
+
+    assert {*OPTIONAL, *NEEDED} == {p.__name__ for p in PASSES}
 
 
 def test_a_pass_that_is_needed_can_be_disabled():
     model, batch = zoo(), batch_of()
-    for name in ("opaque_pass", "aten_pass", "analyse_pass", "attention_pass", "lower_pass"):
+    for name in NEEDED:
         found = pgcompile.explain(model, batch.input_ids, options={"disable_passes": [name]})
         assert found.status == "eager"
         assert found.graphs[0].fallbacks[0].kind == "pass_disabled"
