@@ -367,9 +367,12 @@ def run_packed(
             ])  # fmt: skip
     recorder = Recorder(graphs.packed)
     packed = recorder.run(*packed_inputs, enable_io_processing=False)
-    sources = dict(argument=inputs, prologue=results, packed=packed, class_of=[batch.class_of])
+    token_of = batch.class_of  # with -1: zeros at dropped tokens, as the inputs have
+    sources = dict(
+        argument=inputs, prologue=results, packed=packed, class_of=[batch.class_of], token_of=[token_of]
+    )
     late = [sources[source][index] for source, index in graphs.late_inputs]
-    found = [lowering.packed_env.get(node) for node in graph.results]
+    found = [lowering.packed.env.get(node) for node in graph.results]
     layouts = [(analysis.values[node].layouts or (None,))[0] for node in graph.results]
     unpacked = None
     if all(layout is None or layout.has(ROW) or not layout.selection.is_whole for layout in layouts):

@@ -62,7 +62,7 @@ class Outcome:
     Args:
         layout: of the result; a tuple for an operation with several results.
         columns: prologue operands that enter the stream here, with the dims they are packed to.
-        action: how it is lowered; `lower.py` has a function per name: "emit" is the same operation on packed tokens,
+        action: how it is lowered; a method of `PackedSide` by name: "emit" is the same operation on packed tokens,
             "reshape" and "expand" get the packed sizes.
         detail: what that lowering needs to know.
     """

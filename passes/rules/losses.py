@@ -18,7 +18,7 @@ def cross_entropy_rule(
     op: Op, logits: Operand, target: Operand, weight: Operand | None = None, reduction: int = 1,
     ignore_index: int = -100, label_smoothing: float = 0.0,
 ) -> Outcome | Unsupported:  # fmt: skip
-    """cross_entropy_loss with class indices: `lower.py` spells it as log_softmax, one gather, and the reduction."""
+    """cross_entropy_loss with class indices: `LateSide` spells it as log_softmax, one gather, a reduction."""
     return _label_loss(op, logits, target)
 
 

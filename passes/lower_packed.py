@@ -1,0 +1,211 @@
+"""The packed graph: the token stream's operations on `[1, T, ...]`, attention through `prefix_attention`.
+
+No size of the batch is baked into it: one graph serves all shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .graph import aten, bound_args, node_arg, val
+from .layout import POSITION, ROW, Dim, is_token_factor
+from .packed_graphs import Input
+from .rules import PROLOGUE, STREAM
+
+if TYPE_CHECKING:
+    from .lower import Lowering
+
+
+class PackedSide:
+    """Builds the packed graph, node by node, in the order of the original.
+
+    Args:
+        whole: what is being lowered.
+    """
+
+    def __init__(self, whole: Lowering) -> None:
+        self.whole = whole
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.inputs: dict[Input, fx.Node] = {}
+        self.outputs: dict[fx.Node, int] = {}  # nodes of this graph
+
+    def _input(self, spec: Input, like: str) -> fx.Node:
+        found = self.inputs.get(spec)
+        if found is None:
+            first = next(iter(self.graph.nodes), None)
+            with (
+                self.graph.inserting_before(first) if first is not None else self.graph.inserting_after(None)
+            ):
+                found = self.graph.placeholder(f"{like}_{len(self.inputs)}")
+            self.inputs[spec] = found
+        return found
+
+    def value(self, node: fx.Node) -> Any:
+        """The packed graph's value for a node of the original graph."""
+        if node in self.env:
+            return self.env[node]
+        kind = self.whole.analysis.kind(node)
+        if node in self.whole.placeholders:
+            found: Any = self._input(Input("argument", self.whole.placeholders[node]), "argument")
+        elif kind == PROLOGUE:
+            found = self._input(Input("value", self.whole.result(node)), "value")
+        else:
+            raise AssertionError(f"{node} ({kind}) isn't packed")
+        self.env[node] = found
+        return found
+
+    def packed_column(self, node: fx.Node, dims: tuple[Dim, ...]) -> fx.Node:
+        return self._input(Input("column", self.whole.result(node), dims), "column")
+
+    def add(self, node: fx.Node) -> None:
+        value = self.whole.analysis.values[node]
+        outcome = value.outcome
+        assert outcome is not None
+        packed = LOWERINGS[outcome.action](self, node, outcome)
+        self.env[node] = packed
+        if isinstance(packed, fx.Node) and "layouts" not in packed.meta:
+            packed.meta["layouts"] = value.layouts
+            packed.meta["original"] = node
+
+    def emit(self, node: fx.Node, outcome: Any, given: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
+        """The same operation on packed tokens, with prologue columns packed, and `given` values where there are any."""
+
+        def packed(n: fx.Node) -> Any:
+            if given is not None and n in given:
+                return given[n]
+            dims = outcome.columns.get(n)
+            return self.value(n) if dims is None else self.packed_column(n, dims)
+
+        return self.graph.node_copy(node, packed)
+
+    def reshape(self, node: fx.Node, outcome: Any) -> fx.Node:
+        x = self.value(node_arg(node, 0))
+        return self.graph.call_function(aten.reshape.default, (x, outcome.layout.packed_shape()))
+
+    def expand(self, node: fx.Node, outcome: Any) -> fx.Node:
+        x = self.value(node_arg(node, 0))
+        return self.graph.call_function(aten.expand.default, (x, outcome.layout.packed_shape()))
+
+    def alias(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """The same tokens; a node of its own, since under `no_grad` it is detached from its source."""
+        source = self.value(outcome.detail or node_arg(node, 0))
+        return self.graph.call_function(aten.alias.default, (source,))
+
+    def drop_dim(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """One position of every row, or one row: the dim of size 1 goes, T stays."""
+        x = self.value(node_arg(node, 0))
+        row_dim, dropped = outcome.detail
+        if dropped != row_dim:
+            x = self.graph.call_function(aten.transpose.int, (x, row_dim, dropped))
+        return self.graph.call_function(aten.select.int, (x, dropped, 0))
+
+    def filled(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """A write into a constant, which gets the packed size."""
+        constant, *rest = bound_args(node)[0]
+        like = next(a for a in rest if isinstance(a, fx.Node) and self.whole.analysis.kind(a) == STREAM)
+        sizes = [
+            self.graph.call_function(aten.sym_size.int, (self.value(like), d)) if size == -1 else size
+            for d, size in enumerate(outcome.layout.packed_shape())
+        ]
+        _, fill, *_ = bound_args(constant)[0]
+        options = {"dtype": val(constant).dtype, "device": val(constant).device}
+        packed = self.graph.call_function(aten.full.default, (sizes, fill), options)
+        return self.emit(node, outcome, {constant: packed})
+
+    def inverse(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """Where each entry went in a sort: the permutation of the packed entries, inverted."""
+        permutation = self.value(outcome.detail)
+        size = self.graph.call_function(aten.sym_size.int, (permutation, 0))
+        options = {"dtype": val(node).dtype, "device": val(node).device}
+        count = self.graph.call_function(aten.arange.default, (size,), options)
+        empty = self.graph.call_function(aten.empty_like.default, (permutation,), {"dtype": val(node).dtype})
+        return self.graph.call_function(aten.index_put.default, (empty, [permutation], count))
+
+    def column(self, node: fx.Node, outcome: Any) -> fx.Node:
+        return self.packed_column(node, outcome.layout.dims)
+
+    def lookup(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """An embedding of ids, or of positions (a table, whose rows repeat: our own gather, see docs/design.md)."""
+        args = bound_args(node)[0]
+        weight, index = self.value(args[0]), self.packed_column(args[1], outcome.layout.dims[:-1])
+        padding_idx = args[2]
+        if outcome.layout.has(ROW) or padding_idx != -1:
+            return self.graph.call_function(aten.embedding.default, (weight, index, *args[2:]))
+        flat = self.graph.call_function(aten.reshape.default, (index, [-1]))
+        rows = self.graph.call_function(torch.ops.pgcompile.gather_tokens.default, (weight, flat))
+        return self.graph.call_function(aten.reshape.default, (rows, outcome.layout.packed_shape()))
+
+    def table(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """`parameter[:S]` along the position dim: one entry per packed token."""
+        self.whole.position_is_key = True
+        x, dim = self.value(node_arg(node, 0)), outcome.detail
+        positions = self._input(Input("positions"), "positions")
+        moved = self.graph.call_function(aten.transpose.int, (x, 0, dim))
+        rows = self.graph.call_function(torch.ops.pgcompile.gather_tokens.default, (moved, positions))
+        return self.graph.call_function(aten.transpose.int, (rows, 0, dim))
+
+    def attention(self, node: fx.Node, outcome: Any) -> fx.Node:
+        """`prefix_attention` over the packed tokens; heads in one dim, whatever the model's layout."""
+        match = self.whole.matches[node]
+        k = self.value(match.k)
+        if match.k_transposed:
+            k = self.graph.call_function(aten.transpose.int, (k, -2, -1))
+        columns = [
+            [self._flat(self.packed_column(self.whole.columns[c], ((ROW,), (POSITION,)))) for c in group]
+            for group in (match.formula.key_valid, match.formula.same_value)
+        ]
+        if match.formula.data is not None:
+            columns[0].append(
+                self._input(Input("data_mask", self.whole.data_masks[match.formula.data]), "key_valid")
+            )
+        dtype = val(node).dtype  # autocast converts the arguments of attention, but not of our operator
+        call = self.graph.call_function(
+            torch.ops.pgcompile.prefix_attention.default,
+            (
+                self._heads(match.q, self.value(match.q), dtype), self._heads(match.k, k, dtype),
+                self._heads(match.v, self.value(match.v), dtype),
+                self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
+                self._input(Input("segments"), "segments"), *columns, match.scale, match.formula.window,
+                self.whole.engine,
+            ),
+        )  # fmt: skip
+        call.meta["layouts"] = None
+        out = self.graph.call_function(operator.getitem, (call, 0))
+        out.meta["layouts"] = None
+        return self.graph.call_function(aten.reshape.default, (out, outcome.layout.packed_shape()))
+
+    def _flat(self, column: fx.Node) -> fx.Node:
+        """[1, T] → [T]."""
+        return self.graph.call_function(aten.reshape.default, (column, [-1]))
+
+    def _heads(self, original: fx.Node, packed: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """[1, ..heads.., T, D] → [1, H, T, D] of `dtype`."""
+        if val(original).dtype != dtype:
+            packed = self.graph.call_function(aten.to.dtype, (packed, dtype))
+        dims = self.whole.analysis.values[original].layout.dims
+        heads = math.prod(f for dim in dims[:-2] for f in dim if not is_token_factor(f))
+        is_key = original in {m.k for m in self.whole.matches.values() if m.k_transposed}
+        width = dims[-2] if is_key and POSITION in dims[-1] else dims[-1]
+        return self.graph.call_function(aten.reshape.default, (packed, [1, heads, -1, math.prod(width)]))
+
+
+LOWERINGS: dict[str, Callable[[PackedSide, fx.Node, Any], fx.Node]] = {
+    "emit": PackedSide.emit,
+    "reshape": PackedSide.reshape,
+    "expand": PackedSide.expand,
+    "alias": PackedSide.alias,
+    "drop_dim": PackedSide.drop_dim,
+    "filled": PackedSide.filled,
+    "inverse": PackedSide.inverse,
+    "column": PackedSide.column,
+    "lookup": PackedSide.lookup,
+    "table": PackedSide.table,
+    "attention": PackedSide.attention,
+}
