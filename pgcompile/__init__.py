@@ -6,6 +6,7 @@ A `torch.compile` backend that reads a model's graph, proves which values depend
 before it, and runs the graph once per distinct token. Where that can't be proven, the original runs, with a reason.
 """
 
+from . import batching
 from .backend import pgcompile
 from .check import CheckError
 from .errors import EngineError
@@ -18,5 +19,5 @@ from .stats import Stats, reset_stats, stats
 __version__ = "0.1.0"
 __all__ = [
     "BatchReport", "CheckError", "EngineError", "Explanation", "FallbackError", "FallbackReason", "GraphReport",
-    "Options", "Stats", "explain", "optimize", "pgcompile", "reset_stats", "stats",
+    "Options", "Stats", "batching", "explain", "optimize", "pgcompile", "reset_stats", "stats",
 ]  # fmt: skip

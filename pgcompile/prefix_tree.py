@@ -17,6 +17,7 @@ Source: the textbook construction of a trie from sorted strings and their LCP ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -191,13 +192,8 @@ def build_prefix_tree(
         raise ValueError(f"kept tokens must satisfy 0 <= first <= end <= {num_positions}")
 
     bounds = list(zip(first.tolist(), end.tolist(), strict=True))
-    kept = [codes_NSW[n, start:stop] for n, (start, stop) in enumerate(bounds)]
-    keys = [codes_LW.tobytes() for codes_LW in kept]
-    order = sorted(range(num_rows), key=keys.__getitem__)
-    del keys  # as large as the codes: the arrays below can take their memory, which saves its page faults
+    order, lcp = sort_rows([codes_NSW[n, start:stop] for n, (start, stop) in enumerate(bounds)])
     lengths = (end - first)[order]
-    lcp = np.zeros(num_rows, dtype=np.int64)
-    lcp[1:] = [_common_prefix(kept[above], kept[below]) for above, below in pairwise(order)]
     if min_shared > 1:
         lcp = _keep_long_branches(lcp, lengths, min_shared)
     offsets = [0, *np.cumsum(lengths - lcp).tolist()]
@@ -231,11 +227,28 @@ def build_prefix_tree(
     return PrefixTree(class_of, row, position, depth, subtree_end, segments)
 
 
+def sort_rows(rows: Sequence[NDArray[Any]]) -> tuple[list[int], IntArray]:
+    """Sort rows so that those that share a prefix are neighbours.
+
+    Args:
+        rows: codes `[L]` or `[L, W]`, integers of one dtype, L of any length; equal rows keep their order.
+
+    Returns:
+        The rows' numbers in sorted order, and the LCP array `[N]`: the tokens that a row has in common with the row
+        sorted before it, 0 for the first.
+    """
+    keys = [codes.tobytes() for codes in rows]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    lcp = np.zeros(len(rows), dtype=np.int64)
+    lcp[1:] = [_common_prefix(rows[above], rows[below]) for above, below in pairwise(order)]
+    return order, lcp
+
+
 def _common_prefix(a_LW: NDArray[Any], b_LW: NDArray[Any]) -> int:
     """Tokens that two rows of codes have in common at their start."""
     length = min(len(a_LW), len(b_LW))
     differs = (a_LW[:length] != b_LW[:length]).ravel()
-    return int(differs.argmax()) // a_LW.shape[1] if differs.any() else length
+    return int(differs.argmax()) // math.prod(a_LW.shape[1:]) if differs.any() else length
 
 
 def _keep_long_branches(lcp: IntArray, lengths: IntArray, min_shared: int) -> IntArray:
