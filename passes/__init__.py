@@ -60,7 +60,7 @@ def analyse_pass(c: Compilation) -> None:
     if not found.has_work and not found.reasons:
         c.refuse(
             Unsupported(
-                "no_token_stream", None, "the graph has neither attention nor linear layers over tokens"
+                "nothing_to_pack", None, "the graph has neither attention nor linear layers over tokens"
             )
         )
 

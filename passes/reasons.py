@@ -26,6 +26,7 @@ KINDS: dict[str, str] = {
     "embedding_gradient": "the embedding's gradient depends on how often a token occurs",
     "ambiguous_seed": "it isn't clear which dims are rows and positions",
     "no_token_stream": "nothing in the graph is computed from tokens",
+    "nothing_to_pack": "the graph has no attention",
     "size_as_number": "a size of the batch is used as a number",
     "row_layout": "rows or positions end up in dims that can't be packed",
     "kv_cache": "the call continues a non-empty key-value cache",
@@ -56,6 +57,7 @@ HINTS: dict[str, str] = {
     "embedding_gradient": "unset scale_grad_by_freq, sparse and max_norm",
     "ambiguous_seed": "compile the parts that take one batch of tokens each",
     "no_token_stream": "compile a larger part of the model, from the embedding on",
+    "nothing_to_pack": "if it is a part of a model, compile a larger part, from the embedding on",
     "size_as_number": "use a constant, or compute it outside of the compiled region",
     "row_layout": "keep rows and positions in dims of their own",
     "kv_cache": "in training pass use_cache=False; in generation this is as it should be",
@@ -69,6 +71,10 @@ HINTS: dict[str, str] = {
     "empty_batch": "",
     "pass_disabled": "remove it from disable_passes",
 }
+
+
+# Running these as written loses nothing: no warning, and no error with strict=True.
+HARMLESS = frozenset({"nothing_to_pack", "kv_cache", "not_worth_it", "empty_batch"})
 
 
 @dataclass(frozen=True)

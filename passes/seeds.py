@@ -11,6 +11,8 @@ from .graph import aten, is_state, is_tensor, requires_grad, same_size, shape, v
 from .layout import POSITION, ROW, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
 
+_ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int)
+
 
 @dataclass(frozen=True)
 class Seeds:
@@ -30,6 +32,8 @@ def find_seeds(graph: fx.Graph) -> Seeds | Unsupported:
         by_ids = [n for n in by_ids if not same_size(shape(n.args[1])[0], 1)]
     floats = [n for n in graph.nodes if n in data and _is_float_tokens(n) and n.op == "placeholder"]
     sizes = [shape(n.args[1]) for n in by_ids] or [shape(n)[:2] for n in floats]
+    if not sizes and not any(n.target in _ATTENTION for n in graph.nodes):
+        return Unsupported("nothing_to_pack", None, "the graph has no attention over tokens")
     if not sizes:
         return Unsupported(
             "no_token_stream",

@@ -9,6 +9,7 @@ a graph that can't be packed ──► the original, eager (or `fallback="inner"
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from .options import Options
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.layout import POSITION, ROW, Dim
 from .passes.packed_graphs import Input, PackedGraphs
-from .passes.reasons import Unsupported
+from .passes.reasons import HARMLESS, Unsupported
 from .plan import Plan, build_plan, kept_elements
 from .report import AttentionReport, BatchReport, FallbackError, GraphReport, describe, log
 
@@ -73,12 +74,13 @@ def pgcompile(
     if collector is not None:
         collector(report)
     if compilation.reasons:
-        if chosen.strict:
+        harmless = all(reason.kind in HARMLESS for reason in compilation.reasons)
+        if chosen.strict and not harmless:
             cause = next(iter(compilation.errors), None)
             return functools.partial(_raise, FallbackError(compilation.reasons), cause)
         if collector is None:
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
-            log.warning(text, describe(compilation.reasons))
+            log.log(logging.INFO if harmless else logging.WARNING, text, describe(compilation.reasons))
         run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
         return functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
@@ -282,7 +284,7 @@ class PackedCall:
         self._collect(report)
         outputs = self.dense(*args)  # first: if the call itself is wrong, it should say so in its own words
         stats.count(dense=1)
-        if kind in ("not_worth_it", "empty_batch"):
+        if kind in HARMLESS:
             return outputs
         if self.options.strict:
             raise FallbackError([reason]) from error

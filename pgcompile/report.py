@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .passes.reasons import FallbackReason
+from .passes.reasons import HARMLESS, FallbackReason
 
 log = logging.getLogger("pgcompile")
 
@@ -92,7 +92,7 @@ class Explanation:
     """What `explain` found; prints as tables.
 
     Args:
-        status: the worst of the graphs' ("packed" < "islands" < "eager").
+        status: the worst of the graphs' ("packed" < "islands" < "eager"), not counting those with nothing to pack.
         graphs: a report for each Dynamo graph.
         batches: a report for each plan, in the order of the calls.
     """
@@ -102,7 +102,12 @@ class Explanation:
 
     @property
     def status(self) -> str:
-        return max((g.status for g in self.graphs), key=_WORST.index, default="eager")
+        counted = [
+            g.status
+            for g in self.graphs
+            if any(r.kind not in HARMLESS for r in g.fallbacks) or not g.fallbacks
+        ]
+        return max(counted, key=_WORST.index, default="eager")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: fit for JSON."""

@@ -713,7 +713,7 @@ def embedding_of_the_id_below(m, x, ids, mask):
     return x + m.embed(ids.roll(1, 0))
 
 
-@between(either(*BOTH, "no_token_stream", "ambiguous_seed"))
+@between(either(*BOTH, "nothing_to_pack", "ambiguous_seed"))
 def count_of_the_id_in_the_batch(m, x, ids, mask):
     counts = (ids[:, :, None, None] == ids[None, None]).sum((2, 3))
     return x * counts[..., None]
@@ -832,7 +832,9 @@ def embedding_scaled_by_frequency(m, x, ids, mask):
 
 
 @between(
-    refused("embedding_gradient", "unknown_op", "mutation", "no_token_stream", "ambiguous_seed"),
+    refused(
+        "embedding_gradient", "unknown_op", "mutation", "no_token_stream", "nothing_to_pack", "ambiguous_seed"
+    ),
     embedding={"max_norm": 0.7},
 )
 def embedding_max_norm(m, x, ids, mask):

@@ -321,7 +321,7 @@ def test_explain_survives_a_break_and_a_dense_batch():
         return logits.flip(0)
 
     found = pgcompile.explain(broken, fresh_ids)
-    assert found.status == "eager" and len(found.graphs) == 2
+    assert found.status == "packed" and [graph.status for graph in found.graphs] == ["packed", "eager"]
     assert found.batches[0].decision == "dense" and "not_worth_it" in found.batches[0].why
 
 
@@ -437,6 +437,22 @@ def test_one_warning_per_graph(caplog):
     with caplog.at_level(logging.WARNING, "pgcompile"):
         packs(batch.input_ids)
     assert len([r for r in caplog.records if r.name == "pgcompile"]) == 1
+
+
+def test_a_graph_without_attention_is_no_failure(caplog):
+    """Behind a break, a loss is a graph of its own: no warning, and no error with strict=True."""
+    model, batch = zoo(), batch_of()
+
+    def loss(input_ids):
+        logits = model(input_ids)
+        torch._dynamo.graph_break()
+        return logits.logsumexp(-1).mean()
+
+    fast = torch.compile(loss, backend="pgcompile", options={"inner": "eager", "strict": True})
+    with caplog.at_level(logging.WARNING, "pgcompile"):
+        assert torch.allclose(fast(batch.input_ids), loss(batch.input_ids))
+    assert not caplog.records
+    assert (pgcompile.stats().packed, pgcompile.stats().eager) == (1, 1)
 
 
 def test_dump_dir_gets_every_pass(tmp_path):
