@@ -8,6 +8,7 @@ from __future__ import annotations
 from . import graph, lower, padding, propagate, verify
 from .attention_match import match_attention
 from .canonicalize import canonicalize
+from .checkpoint import inline_checkpoints, wrap_checkpoints
 from .functionalize import functionalize
 from .head import split_head
 from .pipeline import Compilation, Pass, run_passes
@@ -19,14 +20,21 @@ from .verify import fake_inputs
 LATE_SHARE = 0.25
 
 
+def inline_pass(c: Compilation) -> None:
+    """Checkpointed bodies → a part of the graph."""
+    c.inlined, c.checkpoints = inline_checkpoints(c.dynamo)
+
+
 def opaque_pass(c: Compilation) -> None:
     """Refuse what an ATen graph would not show: custom autograd functions, hooks, higher-order operations."""
-    c.refuse(*graph.find_opaque(c.dynamo))
+    assert c.inlined is not None
+    c.refuse(*graph.find_opaque(c.inlined))
 
 
 def aten_pass(c: Compilation) -> None:
     """Dynamo graph → pre-dispatch ATen, one spelling per operation."""
-    c.aten = graph.to_aten(c.dynamo)
+    assert c.inlined is not None
+    c.aten = graph.to_aten(c.inlined)
 
 
 def canonicalize_pass(c: Compilation) -> None:
@@ -105,7 +113,16 @@ def head_pass(c: Compilation) -> None:
     c.graphs.head = split_head(c.graphs.packed, c.graphs.late, c.graphs.late_inputs)
 
 
+def checkpoint_pass(c: Compilation) -> None:
+    """The packed nodes of a checkpointed body → under the checkpoint operator again."""
+    assert c.graphs is not None
+    c.graphs.packed = wrap_checkpoints(c.graphs.packed, c.checkpoints)
+    if c.graphs.head is not None:
+        c.graphs.head.trunk = wrap_checkpoints(c.graphs.head.trunk, c.checkpoints)
+
+
 PASSES: tuple[Pass, ...] = (
+    inline_pass,  # before all that looks at nodes
     opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
     aten_pass,  # before all that reads operations
     canonicalize_pass,  # before what asks what depends on what
@@ -117,6 +134,7 @@ PASSES: tuple[Pass, ...] = (
     lower_pass,  # after every check: from here on nothing is refused but shapes
     verify_pass,  # on what was built
     head_pass,  # after that, which notes what size everything is
+    checkpoint_pass,  # last: what is wrapped can't be looked into
 )
 
 __all__ = ["KINDS", "PASSES", "Compilation", "FallbackReason", "Unsupported", "fake_inputs", "run_passes"]

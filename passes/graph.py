@@ -39,10 +39,10 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             kind = next((k for k in ("autograd_function", "hook") if k in name), "trace_failed")
             if "checkpoint" in name:
-                text = "activation checkpointing can't be packed yet"
-                hint = (
-                    "turn it off (a packed batch keeps fewer activations), or compile the checkpointed layers"
+                text = (
+                    "activation checkpointing with a context_fn, which chooses what is kept, can't be packed"
                 )
+                hint = "checkpoint without it, or turn it off: a packed batch keeps fewer activations"
                 found.append(Unsupported(kind, node, text, hint))
                 continue
             found.append(_opaque(kind, node, f"higher-order operation `{name}` can't be looked into"))
@@ -180,6 +180,18 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             todo += node.all_input_nodes
+    return found
+
+
+def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that depends on them, but for the graph's output."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            todo += node.users
     return found
 
 

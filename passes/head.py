@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import ancestors, aten, is_mode_switch
+from .graph import ancestors, aten, descendants, is_mode_switch
 from .packed_graphs import Head, HeadOutput, Source
 from .subgraph import drop_dead, module_of
 from .unpack import gather_entries, label_loss, label_request, loss_request
@@ -39,7 +39,7 @@ def split_head(
     widest = _widest_linears(packed.graph)
     if not widest:
         return None
-    region = _descendants(widest)
+    region = descendants(widest)
     order = list(packed.graph.nodes)
     if any(_is_opaque(n) for n in region):
         return None
@@ -89,17 +89,6 @@ def _width(node: fx.Node) -> int:
 def _token_dim(node: fx.Node) -> int | None:
     shape, _ = node.meta["packed"]
     return shape.index(TOKENS) if TOKENS in shape else None
-
-
-def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found and node.op != "output":
-            found.add(node)
-            todo += node.users
-    return found
 
 
 def _is_opaque(node: fx.Node) -> bool:

@@ -30,6 +30,7 @@ class Compilation:
         dropout: `Options.dropout`.
         engine: `Options.engine`, passed on to the attention operator.
         survey: walk on past an operation without a rule, to find all reasons at once.
+        inlined: the same with checkpointed bodies in it; `checkpoints`: for each, the arguments of checkpoint.
         aten, analysis, matches, guards, graphs: results of the passes, in their order.
         seconds: time of each pass.
     """
@@ -38,6 +39,8 @@ class Compilation:
     dropout: str = "fallback"
     survey: bool = False
     engine: str = "auto"
+    inlined: fx.GraphModule | None = None
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
     aten: fx.GraphModule | None = None
     analysis: Analysis | None = None
     matches: list[AttentionMatch] = field(default_factory=list)
@@ -90,6 +93,7 @@ def run_passes(
 
 OPTIONAL = (
     "canonicalize_pass", "functionalize_pass", "reroll_pass", "padding_pass", "verify_pass", "head_pass",
+    "checkpoint_pass",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from .graph import (
     aten,
     base_of,
     bound_args,
+    descendants,
     is_mode_switch,
     is_state,
     is_tensor,
@@ -36,7 +37,7 @@ from .layout import POSITION, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
 from .rules import LATE, NUMBER_RULES, PROLOGUE, RULES, STREAM, WEIGHT, Op, Operand, Outcome, rule_of
 from .rules.common import RULES_BY_NAME
-from .seeds import Seeds, descendants, find_seeds, nodes_from_inputs_alone
+from .seeds import Seeds, find_seeds, nodes_from_inputs_alone
 
 NUMBER = "number"
 
@@ -159,7 +160,7 @@ class _Walk:
         self.seeds, self.dropout, self.survey = seeds, dropout, survey
         self.before_mixer, self.tables, self.unpacked = before_mixer, tables, unpacked or set()
         self.selections: dict[Any, Selection] = {}
-        self.inputs_only = nodes_from_inputs_alone(graph) - descendants(graph, set(seeds.layouts))
+        self.inputs_only = nodes_from_inputs_alone(graph) - descendants(seeds.layouts)
 
     def run(self) -> Analysis:
         for node in self.out.graph.nodes:

@@ -98,11 +98,3 @@ def nodes_from_inputs_alone(graph: fx.Graph) -> set[fx.Node]:
         elif all(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def descendants(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:
-    found = set(roots)
-    for node in graph.nodes:
-        if any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found

@@ -185,7 +185,8 @@ def structure(gm: fx.GraphModule) -> tuple[Any, ...]:
         args = fx.map_arg((node.args, node.kwargs), numbered.__getitem__)
         target: Any = "" if node.op == "placeholder" else str(node.target)
         if node.op == "get_attr":
-            target = _constant_key(getattr(gm, str(node.target)))
+            value = getattr(gm, str(node.target))
+            target = structure(value) if isinstance(value, fx.GraphModule) else _constant_key(value)
         rows.append((node.op, target, repr(args)))
     return tuple(rows)
 

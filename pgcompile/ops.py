@@ -112,8 +112,9 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
     valid, same = ctx.counts
     dq = dk = dv = None
     if grad_out is not None:
-        *tensors, subtree_end, depth, segments = ctx.saved_tensors[:8]
-        columns = ctx.saved_tensors[8:]
+        # asked for once: under activation checkpointing that computes them again
+        saved = ctx.saved_tensors
+        (*tensors, subtree_end, depth, segments), columns = saved[:8], saved[8:]
         dq, dk, dv = prefix_attention_backward(
             grad_out, *tensors, subtree_end, depth, segments, columns[:valid], columns[valid:], *ctx.options
         )

@@ -44,7 +44,7 @@ from pgcompile.passes.pipeline import OPTIONAL
 
 BATCH = dict(rows=6, positions=9)
 
-NEEDED = ("opaque_pass", "aten_pass", "analyse_pass", "attention_pass", "lower_pass")
+NEEDED = ("inline_pass", "opaque_pass", "aten_pass", "analyse_pass", "attention_pass", "lower_pass")
 
 
 @pytest.fixture(autouse=True)
