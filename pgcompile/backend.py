@@ -25,6 +25,7 @@ from .columns import DenseCall, batch_sizes, rows_first
 from .cost import MIN_SAVING, Cost, count_work
 from .engines.choose import choose
 from .errors import backward_failures, belongs_to_caller
+from .generation import compiled_module, keep_generation_out
 from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
 from .modes import GlobalModes, modes
 from .options import Options
@@ -63,6 +64,9 @@ def pgcompile(
         chosen = Options.of(options, mode)
     except ValueError as error:
         return functools.partial(_raise, error, None)
+    module = compiled_module()
+    if module is not None and collector is None:
+        keep_generation_out(module)
     with compile_lock:
         compilation = run_passes(
             PASSES,
@@ -82,7 +86,7 @@ def pgcompile(
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
             log.log(logging.INFO if harmless else logging.WARNING, text, describe(compilation.reasons))
         run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
-        return functools.partial(_run_eager, run)
+        return run if harmless else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
     return PackedCall(compilation, chosen, collector, report.index)

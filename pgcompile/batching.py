@@ -22,6 +22,7 @@ from torch.utils.data import Sampler
 
 from .prefix_tree import IntArray, encode_columns, sort_rows
 
+Seed = int | Sequence[int] | None  # as numpy's default_rng takes it
 Rows = Sequence[Any] | Tensor | NDArray[Any]
 
 # Work of a query-key pair, relative to that of one token's linear layers: 2d of 12d² multiply-adds in a transformer
@@ -37,7 +38,7 @@ def plan_microbatches(
     position_ids: Any = None,
     max_rows: int | None = None,
     pair_cost: float = PAIR_COST,
-    seed: int | None = None,
+    seed: Seed = None,
 ) -> list[list[int]]:
     """Cut a batch into micro-batches of at most `budget` distinct tokens.
 
@@ -101,7 +102,7 @@ def plan_microbatches(
 
 
 def shuffle_groups(
-    rows: Rows, *, attention_mask: Any = None, position_ids: Any = None, seed: int | None = 0
+    rows: Rows, *, attention_mask: Any = None, position_ids: Any = None, seed: Seed = 0
 ) -> list[int]:
     """Shuffle rows so that those that share a prefix stay together, at every depth of the prefix tree.
 
@@ -141,9 +142,7 @@ class MicrobatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Plan the micro-batches of this epoch."""
-        seed = (
-            int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]) if self._shuffle else None
-        )
+        seed = (self._seed, epoch) if self._shuffle else None
         self._planned = plan_microbatches(self._rows, self._budget, seed=seed, **self._options)
         if self._shuffle:
             np.random.default_rng(seed).shuffle(self._planned)
@@ -170,7 +169,7 @@ class _Runs:
         return self.up_to[-1]
 
 
-def _leaves(codes: Sequence[NDArray[Any]], seed: int | None) -> tuple[list[int], IntArray]:
+def _leaves(codes: Sequence[NDArray[Any]], seed: Seed) -> tuple[list[int], IntArray]:
     """The rows as leaves of their prefix tree, in depth-first order, and what each shares with the one before it.
 
     In sorted order, the leaves below a node are a range whose LCP entries are at least its depth, and its children

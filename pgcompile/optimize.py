@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .backend import pgcompile
+from .generation import keep_generation_out
 from .options import Options
 from .report import BatchReport, Explanation, GraphReport
 from .stats import paused
@@ -46,6 +47,7 @@ def _optimize(target: Any, options: Options) -> Any:
     backend = functools.partial(pgcompile, options=options)
     if isinstance(target, torch.nn.Module):
         target.compile(backend=backend)
+        keep_generation_out(target)
         return target
     if isinstance(target, type):
         if not issubclass(target, torch.nn.Module):

@@ -15,7 +15,8 @@ class Stats:
 
     Args:
         packed, dense, eager: calls by outcome: packed; packable but run dense (nothing to save, or a mask that isn't
-            causal); a graph that can't be packed.
+            causal); a graph that can't be packed (not counted where there is nothing to pack: no attention, or a
+            key-value cache).
         dense_tokens: rows × positions, over the calls that built a plan.
         valid_tokens: of those, tokens that are not dropped padding.
         packed_tokens: of those, distinct ones.

@@ -1,0 +1,1 @@
+"""What trainers need beside the backend. Each module imports its library only when it is imported itself."""

@@ -1,0 +1,220 @@
+"""TRL's trainers with and without pgcompile: the same losses, gradient norms and weights after 20 steps, in float64."""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from harness import BACKEND
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+trl = pytest.importorskip("trl")
+
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+if BACKEND != "pgcompile":
+    pytest.skip("compares pgcompile with eager", allow_module_level=True)
+
+import pgcompile  # noqa: E402
+from pgcompile.integrations.trl import group_preserving, regroup  # noqa: E402
+
+STEPS = 20
+GROUP = 4
+INSTRUCTIONS = "Add the two numbers, and say what they make. "
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet
+    )
+    raw.train_from_iterator(["some text"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    pgcompile.reset_stats()
+
+
+def build(tokenizer, kind=GPT2LMHeadModel):
+    """A GPT-2: in float64 it casts nothing to float32."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None, num_labels=1,
+    )  # fmt: skip
+    model = kind(config).double()
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def questions(count):
+    return [f"{a} + {a * 7 % 13}: {INSTRUCTIONS}" for a in range(count)]
+
+
+def pairs(count):
+    return [
+        {"prompt": q, "chosen": str(i * 5 % 21), "rejected": str(i * 3 % 17) + "?"}
+        for i, q in enumerate(questions(count))
+    ]
+
+
+def reward(completions, **_):
+    """Any function of the text."""
+    return [sum(map(ord, text)) % 17 / 17 for text in completions]
+
+
+def train(trainer_class, config_class, model, tmp_path, options=None, steps=STEPS, arguments=None, **config):
+    if options is not None:
+        model.compile(backend="pgcompile", options={"inner": "eager", **options})
+    settings = dict(
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=1,
+        learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", seed=0, use_cpu=True, bf16=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = trainer_class(model=model, args=config_class(**{**settings, **config}), **arguments)
+    trainer.train()
+    log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return log, [p.detach().clone() for p in model.parameters()], trainer
+
+
+def assert_trains_alike(trainer_class, config_class, make, tmp_path, arguments, options=None, **config):
+    """Train twice from one seed; every number agrees, and what ran was packed."""
+    runs = []
+    for given in (None, options or {}):
+        torch.manual_seed(1)
+        pgcompile.reset_stats()
+        given_arguments = {k: copy.deepcopy(v) for k, v in arguments.items()}
+        if given is not None and "ref_model" in arguments:
+            given_arguments["ref_model"].compile(backend="pgcompile", options={"inner": "eager"})
+        runs.append(
+            train(trainer_class, config_class, make(), tmp_path, given, arguments=given_arguments, **config)[
+                :2
+            ]
+        )
+    (expected_log, expected), (actual_log, actual) = runs
+    stats = pgcompile.stats()
+    assert len(expected_log) == STEPS and stats.packed >= STEPS, str(stats)
+    assert stats.eager == 0 and stats.recompile_limit_hits == 0, str(stats)
+    torch.testing.assert_close(torch.tensor(actual_log), torch.tensor(expected_log), rtol=1e-8, atol=1e-8)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+    return stats
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_online(name, tokenizer, tmp_path):
+    """With TRL's defaults: activation checkpointing, switched off to generate; a fused head behind a graph break."""
+    data = Dataset.from_list([{"prompt": q} for q in questions(24)])
+    arguments = dict(reward_funcs=reward, train_dataset=data, processing_class=tokenizer)
+    stats = assert_trains_alike(
+        group_preserving(getattr(trl, f"{name}Trainer")), getattr(trl, f"{name}Config"),
+        lambda: build(tokenizer), tmp_path, arguments, per_device_train_batch_size=4,
+        gradient_accumulation_steps=4, num_generations=GROUP, max_completion_length=8, beta=0.0,
+    )  # fmt: skip
+    assert stats.packed_tokens < 0.5 * stats.dense_tokens
+
+
+def test_dpo(tokenizer, tmp_path):
+    data = Dataset.from_list(pairs(24))
+    arguments = dict(ref_model=build(tokenizer), train_dataset=data, processing_class=tokenizer)
+    stats = assert_trains_alike(trl.DPOTrainer, trl.DPOConfig, lambda: build(tokenizer), tmp_path, arguments)
+    assert stats.packed_tokens < 0.7 * stats.dense_tokens
+
+
+def test_kto(tokenizer, tmp_path):
+    rows = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs(12)
+        for side in ("chosen", "rejected")
+    ]
+    data = Dataset.from_list(rows)
+    arguments = dict(ref_model=build(tokenizer), train_dataset=data, processing_class=tokenizer)
+    assert_trains_alike(trl.KTOTrainer, trl.KTOConfig, lambda: build(tokenizer), tmp_path, arguments)
+
+
+def test_sft(tokenizer, tmp_path):
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs(24)]
+    arguments = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    options = {"min_saving": 0}
+    assert_trains_alike(trl.SFTTrainer, trl.SFTConfig, lambda: build(tokenizer), tmp_path, arguments, options)
+
+
+def test_reward(tokenizer, tmp_path):
+    arguments = dict(train_dataset=Dataset.from_list(pairs(24)), processing_class=tokenizer)
+    make = lambda: build(tokenizer, GPT2ForSequenceClassification)  # noqa: E731
+    assert_trains_alike(trl.RewardTrainer, trl.RewardConfig, make, tmp_path, arguments)
+
+
+def packed_tokens(trainer_class, tokenizer, tmp_path):
+    data = Dataset.from_list([{"prompt": q} for q in questions(64)])
+    arguments = dict(reward_funcs=reward, train_dataset=data, processing_class=tokenizer)
+    pgcompile.reset_stats()
+    torch.manual_seed(1)
+    train(
+        trainer_class, trl.GRPOConfig, build(tokenizer), tmp_path, {"min_saving": 0}, steps=1, arguments=arguments,
+        per_device_train_batch_size=16, gradient_accumulation_steps=4, num_generations=GROUP,
+        max_completion_length=4,
+    )  # fmt: skip
+    return pgcompile.stats()
+
+
+def test_groups_stay_together(tokenizer, tmp_path):
+    """The same rows in other micro-batches: each prompt is computed once, and not in every micro-batch."""
+    shuffled = packed_tokens(trl.GRPOTrainer, tokenizer, tmp_path)
+    kept = packed_tokens(group_preserving(trl.GRPOTrainer), tokenizer, tmp_path)
+    assert kept.dense_tokens == shuffled.dense_tokens
+    assert kept.packed_tokens < 0.6 * shuffled.packed_tokens
+
+
+def test_regrouping_keeps_rows_whole():
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(9, (8, 6), generator=generator).repeat_interleave(4, 0)
+    rows = torch.randperm(32, generator=generator)
+    whole = {
+        "prompt_ids": prompts[rows], "prompt_mask": torch.ones(32, 6), "num_items_in_batch": torch.tensor(7),
+        "completion_ids": torch.arange(32)[:, None][rows], "completion_mask": torch.ones(32, 1),
+        "advantages": rows * 0.5, "images": [f"image {n}" for n in rows.tolist()], "tool_mask": None,
+    }  # fmt: skip
+    chunks = trl.trainer.utils.split_tensor_dict(whole, 4)
+    state = torch.get_rng_state()
+    found = regroup(chunks, (0, 1))
+    assert torch.equal(state, torch.get_rng_state())
+    assert [len(chunk["advantages"]) for chunk in found] == [8] * 4
+    assert torch.cat([chunk["completion_ids"] for chunk in found]).flatten().sort().values.tolist() == list(
+        range(32)
+    )
+    for chunk in found:
+        n = chunk["completion_ids"].flatten()
+        assert torch.equal(chunk["prompt_ids"], prompts[n])
+        assert torch.equal(chunk["advantages"], n * 0.5)
+        assert chunk["images"] == [f"image {i}" for i in n.tolist()]
+        assert chunk["num_items_in_batch"] == 7 and chunk["tool_mask"] is None
+        assert len({i // 4 for i in n.tolist()}) == 2  # two groups, whole
+    again, other = regroup(chunks, (0, 1)), regroup(chunks, (0, 2))
+    assert torch.equal(again[0]["advantages"], found[0]["advantages"])
+    assert not torch.equal(
+        torch.cat([c["advantages"] for c in other]), torch.cat([c["advantages"] for c in found])
+    )
+    tiles = [{**chunk, "pixel_values": torch.zeros(3, 2)} for chunk in chunks]
+    assert regroup(tiles, 0) == tiles
+
+
+def test_other_trainers_are_refused():
+    with pytest.raises(TypeError, match="GRPOTrainer or RLOOTrainer, not SFTTrainer"):
+        group_preserving(trl.SFTTrainer)
