@@ -82,8 +82,9 @@ def _inline(
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     body = node.args[0]
-    assert isinstance(body, fx.Node)
-    return gm.get_submodule(str(body.target))
+    found = gm.get_submodule(str(body.target)) if isinstance(body, fx.Node) else None
+    assert isinstance(found, fx.GraphModule)
+    return found
 
 
 def wrap_checkpoints(gm: fx.GraphModule, regions: Sequence[dict[str, Any]]) -> fx.GraphModule:

@@ -47,6 +47,7 @@ def pgcompile(
     options: Options | Mapping[str, Any] | None = None,
     mode: str | None = None,
     collector: Collector | None = None,
+    survey: bool = False,
 ) -> Callable[..., Any]:
     """The backend of `torch.compile(model, backend="pgcompile")`.
 
@@ -55,6 +56,7 @@ def pgcompile(
         options: see `Options`.
         mode: torch.compile's mode, for the inner compiler.
         collector: gets the reports of this graph and of its batches.
+        survey: for `explain`: look for all reasons at once, and leave it to the collector to tell them.
 
     Raises:
         ValueError: for unknown options.
@@ -65,12 +67,12 @@ def pgcompile(
     except ValueError as error:
         return functools.partial(_raise, error, None)
     module = compiled_module()
-    if module is not None and collector is None:
+    if module is not None and not survey:
         keep_generation_out(module)
     with compile_lock:
         compilation = run_passes(
             PASSES,
-            Compilation(gm, chosen.dropout, collector is not None, chosen.engine),
+            Compilation(gm, chosen.dropout, survey, chosen.engine),
             chosen.disable_passes,
             chosen.dump_dir,
         )
@@ -82,14 +84,14 @@ def pgcompile(
         if chosen.strict and not harmless:
             cause = next(iter(compilation.errors), None)
             return functools.partial(_raise, FallbackError(compilation.reasons), cause)
-        if collector is None:
+        if not survey:
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
             log.log(logging.INFO if harmless else logging.WARNING, text, describe(compilation.reasons))
         run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
         return run if harmless else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
-    return PackedCall(compilation, chosen, collector, report.index)
+    return PackedCall(compilation, chosen, collector, report.index, survey)
 
 
 def _raise(error: Exception, cause: BaseException | None, *args: Any) -> Any:
@@ -122,7 +124,12 @@ class PackedCall:
     """A graph that can be packed: plans each batch and runs it packed, or dense with a reason."""
 
     def __init__(
-        self, compilation: Compilation, options: Options, collector: Collector | None, index: int = 0
+        self,
+        compilation: Compilation,
+        options: Options,
+        collector: Collector | None,
+        index: int,
+        survey: bool,
     ) -> None:
         assert (
             compilation.graphs is not None
@@ -137,6 +144,7 @@ class PackedCall:
         self.families: dict[Any, Family] = {}
         self.unchecked = options.check
         self.warned: set[str] = set()
+        self.survey = survey
         self.failures = backward_failures()
 
     def __call__(self, *args: Any) -> Any:
@@ -292,7 +300,7 @@ class PackedCall:
             return outputs
         if self.options.strict:
             raise FallbackError([reason]) from error
-        if kind not in self.warned and self.collector is None:
+        if kind not in self.warned and not self.survey:
             self.warned.add(kind)
             log.warning("pgcompile: this call runs as written:\n%s", describe([reason]), exc_info=error)
         return outputs

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 # transformers' PreTrainedModel.enable_input_require_grads: sets requires_grad, which needs to be done once.
 _REPEATED_HOOK = "enable_input_require_grads.<locals>.make_inputs_require_grads"
@@ -32,11 +33,16 @@ class CompiledInPlace:
         return self.compiled(*args, **kwargs)
 
 
+skip_code(
+    CompiledInPlace.__call__.__code__
+)  # called between the graphs of something else, it isn't to be compiled
+
+
 def keep_generation_out(module: nn.Module) -> None:
     """Of a module that was compiled in place, by `module.compile`."""
     compiled = module._compiled_call_impl
     if compiled is not None and not isinstance(compiled, CompiledInPlace):
-        module._compiled_call_impl = CompiledInPlace(module, compiled)  # type: ignore[assignment]
+        module._compiled_call_impl = CompiledInPlace(module, compiled)
 
 
 def compiled_module() -> nn.Module | None:
@@ -44,7 +50,7 @@ def compiled_module() -> nn.Module | None:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        module = InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")  # type: ignore[union-attr]
+        module = InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")
     except AttributeError:  # not called by Dynamo
         return None
     return module if isinstance(module, nn.Module) else None

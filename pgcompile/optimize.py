@@ -89,7 +89,8 @@ def explain(
             explanation.batches.append(report)
 
     target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
-    compiled = torch.compile(target, backend=functools.partial(pgcompile, options=chosen, collector=collect))
+    backend = functools.partial(pgcompile, options=chosen, collector=collect, survey=True)
+    compiled = torch.compile(target, backend=backend)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     named = _named(fn, args, kwargs)
     with _restored(fn, args, kwargs), paused(), torch.random.fork_rng(devices=devices):

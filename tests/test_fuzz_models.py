@@ -81,7 +81,7 @@ def test_drawn_models(parts, padding, seed, dynamic):
 
 
 @pytest.mark.slow
-@settings(fuzz(1500), derandomize=False)
+@settings(fuzz(400), derandomize=False)
 @draws
 def test_many_drawn_models(parts, padding, seed, dynamic):
     check(parts, padding, seed, dynamic)

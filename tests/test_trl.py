@@ -1,7 +1,10 @@
 """TRL's trainers with and without pgcompile: the same losses, gradient norms and weights after 20 steps, in float64."""
 
 import copy
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,6 +183,44 @@ def test_groups_stay_together(tokenizer, tmp_path):
     kept = packed_tokens(group_preserving(trl.GRPOTrainer), tokenizer, tmp_path)
     assert kept.dense_tokens == shuffled.dense_tokens
     assert kept.packed_tokens < 0.6 * shuffled.packed_tokens
+
+
+RUN = """
+import sys, trl
+from test_trl import *
+
+tokenizer = tokenizer.__wrapped__()
+train(
+    trl.GRPOTrainer, trl.GRPOConfig, build(tokenizer), sys.argv[1], steps=2,
+    arguments=dict(
+        reward_funcs=reward, processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": q} for q in questions(64)]),
+    ),
+    per_device_train_batch_size=16, gradient_accumulation_steps=4, num_generations=GROUP, max_completion_length=4,
+)
+"""
+
+
+def test_without_a_line(tmp_path):
+    """`pgcompile run`: the trainer's model is packed, and the micro-batches keep their groups."""
+    script, report = tmp_path / "train.py", tmp_path / "report.json"
+    script.write_text(RUN)
+    command = [
+        "pgcompile",
+        "run",
+        "--options",
+        "inner=eager",
+        "--options",
+        "min_saving=0",
+        "--report",
+        report,
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-m", *command, script, tmp_path], env=environment, check=True)
+    (model,) = json.loads(report.read_text())["models"]
+    assert model["model"] == "GPT2LMHeadModel" and model["decisions"] == {"packed": 8}
+    assert model["graphs"] == ["packed"] and model["reasons"] == []
+    assert model["packed_tokens"] < 0.3 * model["dense_tokens"]
 
 
 def test_regrouping_keeps_rows_whole():

@@ -1,0 +1,103 @@
+"""`pgcompile doctor`: what is installed, what can run here, and a self-test."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import pgcompile
+
+from .engines import ENGINES
+from .engines.choose import choose
+from .options import Options
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "triton", "flash-attn", "numpy")
+
+
+@click.command()
+def doctor() -> None:
+    """Print versions, devices and engines, and run a self-test (about ten seconds).
+
+    Exits with 1 if the self-test fails.
+    """
+    console = Console(highlight=False)
+    table = Table("", "", show_header=False, box=None, pad_edge=False)
+    table.add_row("pgcompile", pgcompile.__version__)
+    table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
+    for name in PACKAGES:
+        table.add_row(name, _version(name))
+    for device in _devices():
+        engine, why = choose("auto", device, torch.float32)
+        others = ", ".join(other for other in ENGINES if other != engine)
+        table.add_row(str(device), f"{_device_name(device)}; engine {engine} ({why}), also {others}")
+    console.print(table)
+    failed = False
+    for inner in ("eager", "inductor"):
+        started = time.perf_counter()
+        problem = self_test(inner)
+        failed |= problem is not None
+        result = (
+            "[green]packs, equal to eager[/green]" if problem is None else f"[red]failed[/red]: {problem}"
+        )
+        console.print(f"self-test, {inner}: {result} ({time.perf_counter() - started:.1f} s)")
+    if failed:
+        sys.exit(1)
+
+
+class _Tiny(nn.Module):
+    """A causal language model of one layer: ids [N, S] → logits [N, S, 64]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.qkv, self.head = nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+        return self.head(x)
+
+
+def self_test(inner: str, device: torch.device | None = None) -> str | None:
+    """Train a tiny model on eight rows with one prompt, packed, compared with eager; what went wrong, or None."""
+    device = device or _devices()[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _Tiny().to(device)
+        ids = torch.randint(64, (8, 40), device=device)
+    ids[:, :32] = ids[0, :32].clone()
+    before = pgcompile.stats()
+    options = Options(inner=inner, strict=True, check=1)
+    try:
+        torch.compile(model, backend=pgcompile.pgcompile, options=vars(options))(
+            ids
+        ).square().mean().backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None if pgcompile.stats().packed > before.packed else "the batch wasn't packed"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} threads"

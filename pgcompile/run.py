@@ -1,0 +1,183 @@
+"""`pgcompile run`: somebody's training script, with every language model in it through pgcompile.
+
+The script runs as `python script.py` would run it: it is `__main__`, with its own `sys.argv` and `sys.path[0]`, and
+what it raises, returns to the shell or does with signals is its own. Two things are switched on: `everywhere.py`, and
+micro-batches that keep their groups in TRL's trainers, as soon as those are imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import importlib.util
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .everywhere import Everywhere, switch_on
+from .options import Options
+
+TRL_TRAINERS = {"trl.trainer.grpo_trainer": "GRPOTrainer", "trl.trainer.rloo_trainer": "RLOOTrainer"}
+
+
+@dataclass
+class Script:
+    """What was asked for: a path or a module, and its arguments."""
+
+    name: str
+    arguments: list[str]
+    is_module: bool = False
+    only: str = "*"
+    options: Options = field(default_factory=Options)
+    report: Path | None = None
+
+    def run(self, code: types.CodeType, main: types.ModuleType) -> None:
+        """Run what `load` gave; whatever it raises comes through."""
+        sys.modules["__main__"] = main
+        sys.argv = [str(main.__file__), *self.arguments]
+        sys.path[0] = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
+        sys.excepthook = _without_own_frames(sys.excepthook)
+        everywhere = Everywhere(self.options, self.only)
+        switch_on(everywhere)
+        for module, name in TRL_TRAINERS.items():
+            after_import(module, lambda found, name=name: _keep_groups(getattr(found, name)))
+        if self.report is not None:
+            atexit.register(write_report, _of_this_rank(self.report), everywhere)
+        exec(code, vars(main))
+
+    def load(self) -> tuple[types.CodeType, types.ModuleType]:
+        """The code, and the module that it is the code of.
+
+        Raises:
+            click.ClickException: there is no such file or module.
+        """
+        main = types.ModuleType("__main__")
+        if self.is_module:
+            sys.path[0] = os.getcwd()
+            spec = _find_module(self.name)
+            if spec is None or spec.origin is None or not hasattr(spec.loader, "get_code"):
+                raise click.ClickException(f"there is no module {self.name} that can be run")
+            vars(main).update(__file__=spec.origin, __spec__=spec, __package__=spec.parent)
+            return spec.loader.get_code(spec.name), main
+        try:
+            source = Path(self.name).read_bytes()
+        except OSError as error:
+            raise click.ClickException(f"can't open {self.name}: {error.strerror}") from None
+        vars(main).update(__file__=self.name, __builtins__=__builtins__)
+        return compile(source, self.name, "exec"), main
+
+
+def _find_module(name: str) -> ModuleSpec | None:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError:
+        return None
+    return spec
+
+
+def parse_options(given: Iterable[str]) -> Options:
+    """`key=value` pairs; values are Python literals, or words.
+
+    Raises:
+        click.BadParameter: not of that form, or not an option.
+    """
+    found = {}
+    for pair in given:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} isn't key=value")
+        try:
+            found[key.strip()] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[key.strip()] = text
+    try:
+        return Options.of(found)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def write_report(path: Path, everywhere: Everywhere) -> None:
+    """Write the report as JSON, atomically; a script that ran isn't failed by it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(everywhere.report(), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        print(f"pgcompile: the report can't be written: {error}", file=sys.stderr)
+
+
+def _of_this_rank(path: Path) -> Path:
+    """Under torchrun each process writes a file of its own; the first one that with the given name."""
+    rank = os.environ.get("RANK", "0")
+    return path if rank == "0" else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def _without_own_frames(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Tracebacks begin with the script, as they do without `pgcompile run`."""
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> Any:
+        while trace is not None and trace.tb_frame.f_code.co_filename != __file__:
+            trace = trace.tb_next
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next
+        if trace is not None:
+            error.__traceback__ = trace
+        return hook(kind, error, error.__traceback__)
+
+    return excepthook
+
+
+def _keep_groups(trainer_class: Any) -> None:
+    from .integrations.trl import regrouping
+
+    trainer_class._prepare_inputs = regrouping(trainer_class._prepare_inputs)
+
+
+def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
+    """Call `act` with the module as soon as it has been imported."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, act))
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds one module, once, as the other finders do, and looks at it when it has been executed."""
+
+    def __init__(self, name: str, act: Callable[[types.ModuleType], None]) -> None:
+        self.name, self.act = name, act
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Watched(spec.loader, self.act)
+        return spec
+
+
+class _Watched(Loader):
+    """A loader that calls `act` after it has executed its module."""
+
+    def __init__(self, loader: Any, act: Callable[[types.ModuleType], None]) -> None:
+        self.loader, self.act = loader, act
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__loader__ = module.__spec__.loader = self.loader  # type: ignore[union-attr]
+        self.loader.exec_module(module)
+        self.act(module)

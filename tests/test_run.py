@@ -1,0 +1,233 @@
+"""`pgcompile run`: a script's models go through pgcompile, and nothing else of it changes."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harness import BACKEND, random_tree_batch
+from tiny_hf import build
+from zoo.gpt2_conv1d import GPT2Conv1D
+
+if BACKEND != "pgcompile":
+    pytest.skip("about pgcompile's command line", allow_module_level=True)
+
+import pgcompile
+from pgcompile.everywhere import Everywhere, switch_off, switch_on
+from pgcompile.options import Options
+from pgcompile.run import after_import
+
+SCRIPT = """
+import os, pickle, signal, sys
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(64, 32), nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, ids):
+        q, k, v = self.qkv(self.embed(ids))[:, None].chunk(3, dim=-1)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
+torch.manual_seed(0)
+model = Model().double()
+ids = torch.randint(64, (8, 40))
+ids[:, :32] = ids[0, :32].clone()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    print(f"{loss.item():.10f}")
+print(__name__, sys.argv, os.path.basename(__file__), os.path.basename(sys.path[0]), sys.stdin.read())
+print(list(model.state_dict()), sorted(k for k in vars(pickle.loads(pickle.dumps(model))) if "compiled" in k))
+match sys.argv[1]:
+    case "raise":
+        raise ValueError("my own")
+    case "exit":
+        sys.exit(3)
+    case "interrupt":
+        signal.raise_signal(signal.SIGINT)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+def execute(*command, cwd):
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment,
+        input="a line",
+        text=True,
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize("ending", ["return", "raise", "exit", "interrupt"])
+def test_the_script_is_as_without(script, ending, tmp_path):
+    plain = execute(script, ending, "--report", "mine", cwd=tmp_path)
+    report = tmp_path / "report.json"
+    ours = execute(
+        "-m", "pgcompile", "run", "--options", "inner=eager", "--report", report, script, ending, "--report", "mine",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert (ours.stdout, ours.returncode) == (plain.stdout, plain.returncode)
+    if ending == "raise":
+        assert ours.stderr == plain.stderr and "ValueError: my own" in plain.stderr
+    found = json.loads(report.read_text())
+    assert [model["model"] for model in found["models"]] == ["Model"]
+    model = found["models"][0]
+    assert model["graphs"] == ["packed"] and model["decisions"] == {"packed": 3} and model["reasons"] == []
+    assert (model["dense_tokens"], model["packed_tokens"]) == (3 * 320, 3 * (32 + 8 * 8))
+    assert found["stats"]["packed"] == 3 and found["stats"]["recompile_limit_hits"] == 0
+
+
+def test_a_module_and_ranks(script, tmp_path):
+    package = tmp_path / "job"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    script.rename(package / "__main__.py")
+    plain = execute("-m", "job", "return", cwd=tmp_path)
+    ours = execute(
+        "-c", "import os; os.environ['RANK'] = '1'; from pgcompile.cli import main; main()",
+        "run", "--options", "inner=eager", "--report", "out.json", "-m", "job", "return", cwd=tmp_path,
+    )  # fmt: skip
+    assert (ours.stdout, ours.returncode) == (plain.stdout, plain.returncode), ours.stderr
+    assert [path.name for path in tmp_path.glob("*.json")] == ["out.rank1.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nothere.py"], "can't open nothere.py: No such file or directory"),
+        (["-m", "nothere"], "there is no module nothere that can be run"),
+        (["--options", "inner", "train.py"], "'inner' isn't key=value"),
+        (["--options", "iner=eager", "train.py"], "did you mean 'inner'?"),
+        (["--options", "strict=yes", "train.py"], "strict must be True or False, not 'yes'"),
+        (["--report", "no/where.json", "train.py"], "there is no folder"),
+    ],
+)
+def test_bad_command_lines(arguments, says, monkeypatch, capsys):
+    from pgcompile import cli
+
+    monkeypatch.setattr(sys, "argv", ["pgcompile", "run", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (1, 2) and says in capsys.readouterr().err
+
+
+@pytest.fixture
+def everywhere():
+    torch._dynamo.reset()
+    pgcompile.reset_stats()
+    found = Everywhere(Options(inner="eager", min_saving=0))
+    switch_on(found)
+    yield found
+    switch_off()
+    assert nn.Linear(2, 2)._compiled_call_impl is None
+
+
+BATCH = random_tree_batch(rows=6, positions=12, seed=1)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+def test_the_outermost_model_is_compiled_once(everywhere):
+    model = Wrapper(GPT2Conv1D().double())
+    expected = model.model._call_impl(**BATCH.inputs)
+    for _ in range(2):
+        actual = model(**BATCH.inputs)
+    kept = BATCH.kept[..., None]
+    torch.testing.assert_close(actual * kept, expected * kept)
+    assert [(m.model, dict(m.decisions)) for m in everywhere.models] == [("Wrapper", {"packed": 2})]
+
+
+def test_other_modules_are_left_alone(everywhere):
+    layer = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert torch.equal(layer(torch.ones(2, 4)), layer[1](layer[0](torch.ones(2, 4))))
+    embedding = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))
+    embedding(torch.ones(3, dtype=torch.int64))  # not [N, S]
+    assert everywhere.models == []
+
+
+def test_only_some_classes(everywhere):
+    everywhere.only = "GPT2*"
+    Wrapper(GPT2Conv1D().double())(**BATCH.inputs)
+    assert [m.model for m in everywhere.models] == ["GPT2Conv1D"]
+
+
+def test_a_model_that_the_script_compiles_itself(everywhere):
+    """As a part of a compiled function, and in place."""
+    model = GPT2Conv1D().double()
+    expected = model._call_impl(**BATCH.inputs).sum()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def total(**inputs):
+        return model(**inputs).sum()
+
+    torch.testing.assert_close(total(**BATCH.inputs), expected)
+    assert everywhere.models == []
+    model.compile(backend="aot_eager")
+    torch.testing.assert_close(model(**BATCH.inputs).sum(), expected)
+    assert everywhere.models == []
+
+
+def test_generation_and_pickling(everywhere):
+    model = build("qwen3").float().eval()
+    ids = torch.randint(1, 30, (2, 6))
+    switch_off()
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    switch_on(everywhere)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+    assert everywhere.models == []
+    model(ids, use_cache=False)
+    assert [m.model for m in everywhere.models] == ["Qwen3ForCausalLM"]
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0), expected)
+    copy = pickle.loads(pickle.dumps(model))
+    assert "_compiled_call_impl" not in vars(copy) and copy.state_dict().keys() == model.state_dict().keys()
+    assert pgcompile.stats().recompile_limit_hits == 0 and sum(everywhere.models[0].decisions.values()) == 1
+
+
+def test_after_import(tmp_path, monkeypatch):
+    (tmp_path / "imported_late.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders, seen = list(sys.meta_path), []
+    after_import("imported_late", lambda module: seen.append(module.value))
+    assert seen == []
+    import imported_late
+
+    assert seen == [1] and sys.meta_path == finders
+    assert Path(imported_late.__spec__.origin) == tmp_path / "imported_late.py"
+    assert (
+        type(imported_late.__loader__).__name__
+        == type(imported_late.__spec__.loader).__name__
+        == "SourceFileLoader"
+    )
+    after_import("imported_late", lambda module: seen.append(2))
+    assert seen == [1, 2]
