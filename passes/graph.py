@@ -88,7 +88,7 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
     def interpret(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():
-            return fx.Interpreter(gm).run(*args)
+            return _ConstantFloats(gm).run(*args)
 
     with fakes[0].fake_mode:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
@@ -105,6 +105,18 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
         node.meta["label"] = original.name
         node.meta.setdefault("stack_trace", original.meta.get("stack_trace"))
     return traced
+
+
+class _ConstantFloats(fx.Interpreter):
+    """Takes symbolic floats at their value, which Dynamo then guards on.
+
+    With `dynamic=True` a module's numbers are symbolic: scales, epsilons. Nobody changes them from call to call, rules
+    want to know them, and Inductor's CPU code takes no symbolic float as an input.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return float(result) if isinstance(result, torch.SymFloat) else result
 
 
 class _Revalue(fx.Interpreter):

@@ -455,6 +455,26 @@ def test_a_graph_without_attention_is_no_failure(caplog):
     assert (pgcompile.stats().packed, pgcompile.stats().eager) == (1, 0)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lm, self.scale = zoo(), 0.5
+
+    def forward(self, input_ids):
+        return self.lm(input_ids) * self.scale
+
+
+def test_a_number_of_the_module_when_everything_is_dynamic():
+    """Dynamo makes it symbolic. It is taken at its value, and guarded."""
+    model, batch = Scaled(), batch_of()
+    options = {"inner": "inductor", "strict": True, "min_saving": 0}
+    fast = torch.compile(model, backend="pgcompile", dynamic=True, options=options)
+    for scale in (0.5, 0.25, 0.5):
+        model.scale = scale
+        torch.testing.assert_close(fast(batch.input_ids), model(batch.input_ids))
+    assert pgcompile.stats().packed == 3
+
+
 def test_dump_dir_gets_every_pass(tmp_path):
     from pgcompile.passes import PASSES
 
