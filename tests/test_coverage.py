@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 pytest.importorskip("transformers")
-from pgcompile.cli import main
+from pgcompile.cli import commands
 from pgcompile.coverage import command
 from pgcompile.coverage.batch import LENGTHS, bench_batch
 from pgcompile.coverage.measure import BOUNDS, CLASSES, Row, is_causal, measure
@@ -140,7 +140,7 @@ def measured(monkeypatch):
 
 
 def run(*args):
-    return CliRunner().invoke(main, ["coverage", *map(str, args)], env={"COLUMNS": "160"})
+    return CliRunner().invoke(commands, ["coverage", *map(str, args)], env={"COLUMNS": "160"})
 
 
 def test_the_last_line_counts(measured):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import pgcompile
-from ..passes.reasons import FallbackReason
+from ..passes.reasons import HARMLESS, FallbackReason
 from ..report import BatchReport, GraphReport
 from .batch import BenchBatch, bench_batch
 from .precision import float64_everywhere
@@ -259,7 +259,8 @@ def _report(row: Row, reports: list[Any]) -> None:
     row.attention = list(dict.fromkeys(f"{a.spelling}: {a.mask}" for a in attention))
     row.engine = ", ".join(dict.fromkeys(a.engine for a in attention))
     row.packed_tokens = max((b.packed_tokens for b in batches), default=0)
-    found = [_reason_line(r) for g in graphs for r in g.fallbacks]
+    fallbacks = [r for g in graphs for r in g.fallbacks]
+    found = [_reason_line(r) for r in sorted(fallbacks, key=lambda r: r.kind in HARMLESS)]
     found += [b.why.partition("\n")[0] for b in batches if b.decision != "packed"] or (
         [] if graphs else ["nothing was compiled"]
     )
