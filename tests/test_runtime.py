@@ -1004,6 +1004,38 @@ def test_a_failure_of_one_call_is_over_with_it(monkeypatch):
     assert (pgcompile.stats().dense, pgcompile.stats().packed) == (1, 1)
 
 
+@pytest.mark.parametrize("which", ["attention", "attention_backward"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_engine_that_fails_in_some_layer(which, at, monkeypatch):
+    """Forward: the original runs. Backward: an EngineError, and the next call runs as written. Then all is well."""
+    torch.manual_seed(0)
+    model, batch = rewire(ZOO["nano_gpt"](dim=16, layers=3)), batch_of()
+    fast = compiled(model, {"inner": "aot_eager"})
+    calls = []
+
+    def sometimes(original):
+        def run(*args, **kwargs):
+            calls.append(which)
+            return raising(Seeded)() if len(calls) == at + 1 else original(*args, **kwargs)
+
+        return run
+
+    for engine in engine_table.ENGINES.values():
+        monkeypatch.setattr(engine, which, sometimes(getattr(engine, which)))
+    if which == "attention":
+        assert_equals_eager(fast, model, batch)
+        assert (pgcompile.stats().dense, pgcompile.stats().packed) == (1, 0)
+    else:
+        with pytest.raises(pgcompile.EngineError, match="seeded failure"):
+            fast(batch.input_ids).sum().backward()
+        model.zero_grad()
+        assert_equals_eager(fast, model, batch)
+        assert (pgcompile.stats().dense, pgcompile.stats().packed) == (1, 1)
+    assert len(calls) == at + 1
+    assert_equals_eager(fast, model, batch)
+    assert pgcompile.stats().packed == (1 if which == "attention" else 2)
+
+
 def break_backward(monkeypatch, error):
     for engine in engine_table.ENGINES.values():
         monkeypatch.setattr(engine, "attention_backward", raising(error))
@@ -1106,7 +1138,7 @@ def test_check_notices_wrong_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager"])
-def test_eight_cold_threads_with_eight_batches(inner_compiler):
+def test_eight_cold_threads_with_a_hundred_batches_each(inner_compiler):
     model = zoo()
     fast = compiled(model, {"inner": inner_compiler}, dynamic=True)
     batches = [random_tree_batch(rows=4 + seed % 4, positions=9 + seed // 4, seed=seed) for seed in range(8)]
@@ -1117,14 +1149,14 @@ def test_eight_cold_threads_with_eight_batches(inner_compiler):
 
     def work(number):
         try:
-            ids = batches[number].input_ids
             start.wait(timeout=60)
-            for _ in range(5):
-                logits = fast(ids)
+            for i in range(number, number + 100):
+                n = i % 8
+                logits = fast(batches[n].input_ids)
                 loss = (logits * torch.linspace(0, 1, logits.numel()).view_as(logits)).sum()
                 found = torch.autograd.grad(loss, list(model.parameters()))
-                torch.testing.assert_close(logits, expected[number], rtol=0, atol=1e-10)
-                for got, want in zip(found, gradients[number]):
+                torch.testing.assert_close(logits, expected[n], rtol=0, atol=1e-10)
+                for got, want in zip(found, gradients[n]):
                     torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * want.abs().max().item() + 1e-15)
         except BaseException as error:
             failures.append(error)
@@ -1138,7 +1170,7 @@ def test_eight_cold_threads_with_eight_batches(inner_compiler):
     assert not failures, failures[0]
     stats = pgcompile.stats()
     assert stats.recompile_limit_hits == 0
-    assert stats.packed == 40 and stats.dense == stats.eager == 0
+    assert stats.packed == 800 and stats.dense == stats.eager == 0
     assert stats.compiles == 1
 
 
@@ -1181,6 +1213,50 @@ def test_nothing_keeps_a_batch_alive(way, monkeypatch):
     assert len(plans) == 3
     assert not [ref() for ref in plans if ref() is not None], "plans"
     assert not [tuple(ref().shape) for ref in refs if ref() is not None], "inputs and outputs"
+
+
+def test_dynamos_reset_drops_what_was_compiled():
+    model, batch = zoo(), batch_of()
+    fast = compiled(model, {"inner": "aot_eager"})
+    fast(batch.input_ids)
+    assert len(inner._families) == 1
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(inner._families) == 0
+    assert_equals_eager(fast, model, batch)
+    assert pgcompile.stats().compiles == 2
+
+
+def test_deterministic_algorithms():
+    """torch's own switch, under which operations without a deterministic backward raise."""
+    model, batch = zoo("half_rotary").float(), batch_of(padding="right")
+    fast = compiled(model, {"inner": "inductor"})
+    torch.use_deterministic_algorithms(True)
+    try:
+        gradients = []
+        for _ in range(2):
+            model.zero_grad()
+            (fast(**batch.inputs) * batch.kept[..., None]).sum().backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert pgcompile.stats().packed == 2
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loaders_with_workers(method):
+    model, batch = zoo(), batch_of()
+    fast = compiled(model)
+    fast(batch.input_ids).sum().backward()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(batch.input_ids),
+        batch_size=3,
+        num_workers=2,
+        multiprocessing_context=method,
+    )
+    for (ids,) in loader:
+        torch.testing.assert_close(fast(ids), model(ids))
 
 
 def test_a_dead_model_leaves_nothing_behind():
