@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from torch import nn
 
 pytest.importorskip("transformers")
-from pgcompile.cli import commands
+from pgcompile.cli.main import commands
 from pgcompile.coverage import command
 from pgcompile.coverage.batch import LENGTHS, bench_batch
 from pgcompile.coverage.measure import BOUNDS, CLASSES, Row, is_causal, measure

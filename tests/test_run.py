@@ -20,9 +20,9 @@ if BACKEND != "pgcompile":
     pytest.skip("about pgcompile's command line", allow_module_level=True)
 
 import pgcompile
-from pgcompile.everywhere import Everywhere, switch_off, switch_on
+from pgcompile.cli.everywhere import Everywhere, switch_off, switch_on
+from pgcompile.cli.run import after_import
 from pgcompile.options import Options
-from pgcompile.run import after_import
 
 SCRIPT = """
 import os, pickle, signal, sys
@@ -108,7 +108,7 @@ def test_a_module_and_ranks(script, tmp_path):
     script.rename(package / "__main__.py")
     plain = execute("-m", "job", "return", cwd=tmp_path)
     ours = execute(
-        "-c", "import os; os.environ['RANK'] = '1'; from pgcompile.cli import main; main()",
+        "-c", "import os; os.environ['RANK'] = '1'; from pgcompile.cli.main import main; main()",
         "run", "--options", "inner=eager", "--report", "out.json", "-m", "job", "return", cwd=tmp_path,
     )  # fmt: skip
     assert (ours.stdout, ours.returncode) == (plain.stdout, plain.returncode), ours.stderr
@@ -127,7 +127,7 @@ def test_a_module_and_ranks(script, tmp_path):
     ],
 )
 def test_bad_command_lines(arguments, says, monkeypatch, capsys):
-    from pgcompile import cli
+    from pgcompile.cli import main as cli
 
     monkeypatch.setattr(sys, "argv", ["pgcompile", "run", *arguments])
     with pytest.raises(SystemExit) as ended:

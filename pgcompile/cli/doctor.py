@@ -15,9 +15,9 @@ from torch import nn
 
 import pgcompile
 
-from .engines import ENGINES
-from .engines.choose import choose
-from .options import Options
+from ..engines import ENGINES
+from ..engines.choose import choose
+from ..options import Options
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "triton", "flash-attn", "numpy")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from . import __version__
-from .coverage.command import coverage
+from .. import __version__
+from ..coverage.command import coverage
 from .doctor import doctor
 from .run import Script, parse_options
 

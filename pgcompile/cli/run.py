@@ -23,8 +23,8 @@ from typing import Any
 
 import click
 
+from ..options import Options
 from .everywhere import Everywhere, switch_on
-from .options import Options
 
 TRL_TRAINERS = {"trl.trainer.grpo_trainer": "GRPOTrainer", "trl.trainer.rloo_trainer": "RLOOTrainer"}
 
@@ -139,7 +139,7 @@ def _without_own_frames(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_groups(trainer_class: Any) -> None:
-    from .integrations.trl import regrouping
+    from ..integrations.trl import regrouping
 
     trainer_class._prepare_inputs = regrouping(trainer_class._prepare_inputs)
 

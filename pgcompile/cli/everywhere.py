@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 from torch.utils._pytree import tree_leaves
 
-from .backend import pgcompile
-from .generation import keep_generation_out
-from .inner import compile_lock
-from .options import Options
-from .passes.reasons import HARMLESS
-from .report import BatchReport, GraphReport, log
-from .stats import stats
+from ..backend import pgcompile
+from ..generation import keep_generation_out
+from ..inner import compile_lock
+from ..options import Options
+from ..passes.reasons import HARMLESS
+from ..report import BatchReport, GraphReport, log
+from ..stats import stats
 
 # They call the module that they wrap, with what they were given.
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)
