@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import checkpoint
 
 from .graph import ancestors, descendants
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
-# A field of node metadata that torch copies to whatever a node is traced to.
-_REGION = "ac_graph_id"
+# In `meta["custom"]`, which torch copies to whatever a node is traced to.
+_REGION = "pgcompile_checkpoint"
 
 
 def is_plain(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -68,16 +69,22 @@ def _inline(
             env[node] = _inline(_body(gm, node), inputs, graph, constants, regions, inner)
         elif node.target is operator.getitem and isinstance(env[node.args[0]], (tuple, list)):
             env[node] = env[node.args[0]][node.args[1]]
-        elif node.op == "get_attr" and all(is_plain(gm, user) for user in node.users):
-            continue  # a body
+        elif node.op == "get_attr" and _is_body(gm, node):
+            continue
         else:
             copied = env[node] = graph.node_copy(node, env.__getitem__)
             if node.op == "get_attr":
                 copied.target = f"constant_{len(constants)}"
                 constants[copied.target] = getattr(gm, str(node.target))
             elif node.op != "placeholder":
-                copied.meta = {**node.meta, _REGION: region} if region is not None else node.meta
+                custom = {**node.meta.get("custom", {}), _REGION: region}
+                copied.meta = {**node.meta, "custom": custom} if region is not None else node.meta
     raise AssertionError("a graph without an output")
+
+
+def _is_body(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Of checkpoints that are inlined."""
+    return all(is_plain(gm, user) and user.args[0] is node for user in node.users)
 
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
@@ -90,6 +97,8 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
 def wrap_checkpoints(gm: fx.GraphModule, regions: Sequence[dict[str, Any]]) -> fx.GraphModule:
     """The same graph with the nodes of each region under the checkpoint operator again."""
     bodies = {number: _members(gm.graph, number) for number in range(len(regions))}
+    if regions and not any(_region(n) is not None for n in gm.graph.nodes):
+        raise RuntimeError("tracing lost which nodes are checkpointed")
     region_of = {node: number for number, members in bodies.items() for node in members}
     if not region_of:
         return gm
@@ -135,7 +144,7 @@ def _members(graph: fx.Graph, region: int) -> list[fx.Node]:
 
 def _region(node: fx.Node) -> int | None:
     source = node.meta.get("original", node)  # of what lowering put in place of a node
-    return source.meta.get(_REGION)
+    return source.meta.get("custom", {}).get(_REGION)
 
 
 def _inputs(members: list[fx.Node]) -> list[fx.Node]:
@@ -151,3 +160,30 @@ def _body_of(members: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Nod
         copied.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     graph.output(tuple(env[n] for n in outputs))
     return fx.GraphModule({}, graph)
+
+
+def without_compiler(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, fit to run as it is.
+
+    The checkpoint operator leaves it to compilers that a recomputed body draws the random numbers that it drew before:
+    run by itself, it would compute gradients with other dropout masks. Here `torch.utils.checkpoint` keeps them.
+    """
+    if not gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        return gm
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        env[node].target = _recompute
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        assert isinstance(node.args[0], fx.Node)
+        setattr(copied, str(node.args[0].target), without_compiler(_body(gm, node)))
+    return copied
+
+
+def _recompute(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
+    if "_checkpoint_context_fn" in body.meta:
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body, *args, **{**options, "use_reentrant": False})

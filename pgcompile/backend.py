@@ -30,6 +30,7 @@ from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
 from .modes import GlobalModes, modes
 from .options import Options
 from .passes import PASSES, Compilation, FallbackReason, run_passes
+from .passes.checkpoint import without_compiler
 from .passes.layout import POSITION, ROW, Dim
 from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import HARMLESS, Unsupported
@@ -87,7 +88,7 @@ def pgcompile(
         if not survey:
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
             log.log(logging.INFO if harmless else logging.WARNING, text, describe(compilation.reasons))
-        run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else gm
+        run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else without_compiler(gm)
         return run if harmless else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
@@ -182,7 +183,7 @@ class PackedCall:
                 None if layout is None else kept_elements(leaf, layout, plan, results, self.graphs)
                 for leaf, layout in leaves
             ]
-            check.compare(self.dense.gm, args, outputs, kept)
+            check.compare(self.dense.eager, args, outputs, kept)
             stats.count(checked=1)
         return outputs
 
@@ -217,10 +218,8 @@ class PackedCall:
     ) -> tuple[Callable[..., Any], list[Any]]:
         inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
         if plan.tokens == 1:
-            return (
-                self.graphs.packed,
-                inputs,
-            )  # sizes of 1 are special to compilers, and there is nothing to gain
+            # sizes of 1 are special to compilers, and there is nothing to gain
+            return without_compiler(self.graphs.packed), inputs
         graphs = self.graphs
         if graphs.head is not None:
             report.head_chunks = number_of_chunks(graphs.head, plan.tokens)

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from . import stats
 from .modes import modes
 from .options import Options
+from .passes.checkpoint import without_compiler
 from .passes.packed_graphs import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
 from .report import log
@@ -56,9 +57,7 @@ _families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionar
 
 
 def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """Give a graph to the inner compiler that `options` names."""
-    if options.inner == "eager":
-        return gm
+    """Give a graph to the inner compiler that `options` names (which isn't "eager")."""
     if options.check == 0:
         return _compile_inner(gm, inputs, options)
     # `check` runs backward twice; cached kernels may overwrite what it saved (whether they do is in no cache key)
@@ -116,7 +115,7 @@ def compiled_packed(
 
 def _compile_packed(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Artifact:
     if options.inner == "eager":
-        return Artifact(graphs.packed, 0, math.inf)
+        return Artifact(without_compiler(graphs.packed), 0, math.inf)
     env = ShapeEnv()
     size = _dynamic_size(env, "tokens", tokens)
     # the hint is odd and large: a size equal to another one could be taken for it
@@ -224,24 +223,25 @@ class DenseGraph:
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self.gm, self.options = gm, options
+        self.eager = without_compiler(gm)
         self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any]]] = []
 
     def __call__(self, *args: Any) -> Any:
         if self.options.inner == "eager":
-            return self.gm(*args)
+            return self.eager(*args)
         current = modes()
         for env, code, compiled_modes, call in self.compiled:
             if current == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
                 return call(*args)
         if len(self.compiled) >= self.MOST:
-            return self.gm(*args)
+            return self.eager(*args)
         try:
             with compile_lock:
                 call = self._compile(args, current)
         except Exception as error:
             log.warning("the inner compiler failed on the original graph, which runs eagerly: %s", error)
-            self.compiled.append((ShapeEnv(), None, current, self.gm))
-            call = self.gm
+            call = self.eager
+            self.compiled.append((ShapeEnv(), None, current, call))
         return call(*args)
 
     def _compile(self, args: Sequence[Any], current: Any) -> Callable[..., Any]:

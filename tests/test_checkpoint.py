@@ -132,3 +132,172 @@ def test_transformers_own_switch(name, attention_calls):
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
     assert len(attention_calls) == 2 * layers
+
+
+# Dropout: a recomputed body has to draw what it drew before, whoever runs it.
+
+
+class Dropping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+
+    def body(self, layer, x):
+        q, k, v = layer(x)[:, None].chunk(3, dim=-1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+        return x + nn.functional.dropout(y, 0.5, self.training)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = checkpoint(self.body, layer, x, use_reentrant=False)
+        return self.head(x)
+
+
+def value(call, ids):
+    torch.manual_seed(5)
+    return call(ids).square().sum()
+
+
+@pytest.mark.parametrize("ids", [(6, 24), (6, 1)], ids=["tokens", "one_token"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner": "aot_eager"},  # refused: dropout is active
+        {"inner": "aot_eager", "fallback": "inner"},
+        {"inner": "eager", "dropout": "shared", "min_saving": 0},
+        {"inner": "aot_eager", "dropout": "shared", "min_saving": 0},
+        {"inner": "eager", "dropout": "shared", "min_saving": 1},
+        {"inner": "aot_eager", "dropout": "shared", "min_saving": 1},
+    ],
+    ids=["eager", "inner", "packed_eager", "packed", "dense_eager", "dense"],
+)
+def test_dropout_is_drawn_again(options, ids):
+    """By finite differences, since every path draws other numbers."""
+    torch._dynamo.reset()
+    target = Dropping().double()
+    ids = torch.ones(ids, dtype=torch.int64)
+    call = torch.compile(target, backend="pgcompile", options=options)
+    parameters = list(target.parameters())
+    gradients = torch.autograd.grad(value(call, ids), parameters)
+    directions = [torch.randn_like(p) for p in parameters]
+    step, values = 1e-6, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions):
+                parameter.add_(sign * step * direction)
+        values.append(value(call, ids).item())
+    expected = (values[0] - values[1]) / (2 * step)
+    actual = sum((g * d).sum().item() for g, d in zip(gradients, directions))
+    assert abs(actual - expected) <= 1e-5 * abs(expected)
+
+
+# Bodies with switches, and values that go in and out of them.
+
+
+def no_grad_inside(m, a, b, c, x):
+    def body(x):
+        with torch.no_grad():
+            scale = b(x)
+        return x * m.weight + scale * x
+
+    return c(m.checkpoint(body, a(x)))
+
+
+def no_grad_at_the_end(m, a, b, c, x):
+    def body(x):
+        y = b(x)
+        with torch.no_grad():
+            scale = y * m.weight
+        return y, scale
+
+    y, scale = m.checkpoint(body, a(x))
+    with torch.no_grad():
+        other = c(y) * scale
+    return c(y + scale + other)
+
+
+def grad_inside_no_grad(m, a, b, c, x):
+    def body(x):
+        y = b(x)
+        with torch.enable_grad():
+            z = c(x * m.weight)
+        return y * m.weight, z
+
+    x = a(x)
+    with torch.no_grad():
+        y, z = m.checkpoint(body, x)
+    return c(x + y + z)
+
+
+def values_of_one_in_the_next(m, a, b, c, x):
+    y, z = m.checkpoint(lambda x: (a(x), x * m.weight), x)
+    v, w = m.checkpoint(lambda y, z: (b(y) * z, z + 1), y, z)
+    return m.checkpoint(lambda y, z, v, w: c(y + z * v) - w, y, z, v, w)
+
+
+def outputs_that_nobody_uses(m, a, b, c, x):
+    y, _ = m.checkpoint(lambda x: (a(x), b(x) * m.weight), x)
+    m.checkpoint(lambda x: c(x) * m.weight, y)
+    return b(y)
+
+
+def inputs_and_numbers_returned(m, a, b, c, x):
+    same, number, _, y = m.checkpoint(lambda x, n: (x, n + 1, None, a(x)), x, 3)
+    return c(b(same * number + y))
+
+
+def weights_shared(m, a, b, c, x):
+    return m.checkpoint(a, m.checkpoint(a, m.checkpoint(a, x) * m.weight))
+
+
+BODIES = [
+    no_grad_inside, no_grad_at_the_end, grad_inside_no_grad, values_of_one_in_the_next, outputs_that_nobody_uses,
+    inputs_and_numbers_returned, weights_shared,
+]  # fmt: skip
+
+
+class Bodies(nn.Module):
+    """A language model of three attentions, wired by `wiring`."""
+
+    checkpoint = staticmethod(functools.partial(checkpoint, use_reentrant=False))
+
+    def __init__(self, wiring):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wiring = wiring
+        self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.weight = nn.Parameter(torch.randn(16))
+
+    def attend(self, layer, x):
+        q, k, v = layer(x)[:, None].chunk(3, dim=-1)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+    def forward(self, ids):
+        layers = [functools.partial(self.attend, layer) for layer in self.layers]
+        return self.head(self.wiring(self, *layers, self.embed(ids)))
+
+
+@pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("wiring", BODIES, ids=lambda f: f.__name__)
+def test_bodies(wiring, inner_compiler):
+    torch._dynamo.reset()
+    pgcompile.reset_stats()
+    target = Bodies(wiring).double()
+    ids = BATCH.input_ids % 32
+    call = fast(target, inner_compiler, strict=True)
+    expected, actual = target(ids), call(ids)
+    torch.testing.assert_close(actual, expected)
+    weight = torch.randn_like(expected)
+    parameters = list(target.parameters())
+    for a, b in zip(
+        torch.autograd.grad((actual * weight).sum(), parameters, allow_unused=True),
+        torch.autograd.grad((expected * weight).sum(), parameters, allow_unused=True),
+    ):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+    assert pgcompile.stats().packed == 1
