@@ -11,6 +11,7 @@ Shape suffixes: N rows, S positions, L tokens of a row.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ def plan_microbatches(
         max_rows: the most rows of a micro-batch.
         pair_cost: work of a query-key pair, in units of the work of one token in linear layers: about
             1 / (6 × hidden size).
-        seed: shuffles the children of every node of the tree; without one, the order is that of the token ids.
+        seed: shuffles the children of every node of the tree; without one, they come in a fixed order.
 
     Returns:
         The rows' numbers, one list per micro-batch; every row is in exactly one.
@@ -68,6 +69,8 @@ def plan_microbatches(
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    if not 0 <= pair_cost < math.inf:
+        raise ValueError(f"pair_cost must be a number of at least 0, got {pair_cost}")
     codes = _codes(rows, attention_mask, position_ids)
     if not codes:
         return []
@@ -112,7 +115,7 @@ def shuffle_groups(
 
     Args:
         rows, attention_mask, position_ids: see `plan_microbatches`.
-        seed: of the shuffle; None doesn't shuffle, the order is then that of the token ids.
+        seed: of the shuffle; None takes a fixed order instead.
 
     Returns:
         The rows' numbers, each once.
@@ -128,7 +131,7 @@ class MicrobatchSampler(Sampler[list[int]]):
     Args:
         rows: token ids of the data set's rows, see `plan_microbatches`.
         budget: the most distinct tokens of a micro-batch.
-        shuffle: shuffle groups, the rows in them, and micro-batches; else the order is that of the token ids.
+        shuffle: shuffle groups, the rows in them, and micro-batches; else they come in a fixed order.
         seed: of the shuffle.
         options: further arguments of `plan_microbatches`.
     """
@@ -148,7 +151,7 @@ class MicrobatchSampler(Sampler[list[int]]):
             np.random.default_rng(seed).shuffle(self._planned)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._planned)
+        return iter([list(rows) for rows in self._planned])
 
     def __len__(self) -> int:
         return len(self._planned)

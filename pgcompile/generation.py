@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.fx
 from torch import nn
 from torch._dynamo.eval_frame import skip_code
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 # transformers' PreTrainedModel.enable_input_require_grads: sets requires_grad, which needs to be done once.
 _REPEATED_HOOK = "enable_input_require_grads.<locals>.make_inputs_require_grads"
@@ -27,7 +30,7 @@ class CompiledInPlace:
         self.module, self.compiled = module, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get("past_key_values") is not None or is_traced():
             return self.module._call_impl(*args, **kwargs)
         _drop_repeated_hooks(self.module)
         return self.compiled(*args, **kwargs)
@@ -40,9 +43,16 @@ skip_code(
 
 def keep_generation_out(module: nn.Module) -> None:
     """Of a module that was compiled in place, by `module.compile`."""
-    compiled = module._compiled_call_impl
+    compiled = vars(module).get("_compiled_call_impl")
     if compiled is not None and not isinstance(compiled, CompiledInPlace):
         module._compiled_call_impl = CompiledInPlace(module, compiled)
+
+
+@torch._dynamo.disable
+def is_traced() -> bool:
+    """Is somebody else tracing what is called: torch.jit, torch.fx, make_fx?"""
+    is_symbolic = torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    return torch.jit.is_tracing() or is_symbolic or get_proxy_mode() is not None
 
 
 def compiled_module() -> nn.Module | None:
@@ -56,6 +66,7 @@ def compiled_module() -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
+@torch._dynamo.disable
 def _drop_repeated_hooks(module: nn.Module) -> None:
     try:
         hooks = module.get_input_embeddings()._forward_hooks  # type: ignore[operator]

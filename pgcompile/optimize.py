@@ -44,9 +44,12 @@ def optimize(target: Any = None, **options: Any) -> Any:
 
 
 def _optimize(target: Any, options: Options) -> Any:
-    backend = functools.partial(pgcompile, options=options)
+    compile_options: Any = {
+        "backend": pgcompile,
+        "options": options,
+    }  # equal for equal options: Dynamo guards on that
     if isinstance(target, torch.nn.Module):
-        target.compile(backend=backend)
+        target.compile(**compile_options)
         keep_generation_out(target)
         return target
     if isinstance(target, type):
@@ -54,13 +57,13 @@ def _optimize(target: Any, options: Options) -> Any:
             raise TypeError(
                 f"optimize takes a function, an nn.Module class or instance, not the class {target.__name__}"
             )
-        target.forward = torch.compile(target.forward, backend=backend)
+        target.forward = torch.compile(target.forward, **compile_options)
         return target
     if not callable(target):
         raise TypeError(
             f"optimize takes a function, an nn.Module class or instance, not {type(target).__name__}"
         )
-    return torch.compile(target, backend=backend)
+    return torch.compile(target, **compile_options)
 
 
 def explain(

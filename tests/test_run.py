@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,24 @@ def test_the_script_is_as_without(script, ending, tmp_path):
     assert model["graphs"] == ["packed"] and model["decisions"] == {"packed": 3} and model["reasons"] == []
     assert (model["dense_tokens"], model["packed_tokens"]) == (3 * 320, 3 * (32 + 8 * 8))
     assert found["stats"]["packed"] == 3 and found["stats"]["recompile_limit_hits"] == 0
+
+
+SURROUNDINGS = """
+import dataclasses, sys
+@dataclasses.dataclass
+class A:
+    x: int = 0
+print(dataclasses.fields(A)[0].type, hasattr(__builtins__, "print"), __annotations__, __spec__, __package__, __doc__)
+print(type(__loader__).__name__, sorted(vars()), __file__, sys.argv)
+"""
+
+
+@pytest.mark.parametrize("text", [SURROUNDINGS, "x = (\n"], ids=["names", "syntax_error"])
+def test_surroundings(text, tmp_path):
+    (tmp_path / "script.py").write_text(text)
+    plain = execute("script.py", cwd=tmp_path)
+    ours = execute("-m", "pgcompile", "run", "script.py", cwd=tmp_path)
+    assert (ours.stdout, ours.stderr, ours.returncode) == (plain.stdout, plain.stderr, plain.returncode)
 
 
 def test_a_module_and_ranks(script, tmp_path):
@@ -196,6 +215,105 @@ def test_a_model_that_the_script_compiles_itself(everywhere):
     model.compile(backend="aot_eager")
     torch.testing.assert_close(model(**BATCH.inputs).sum(), expected)
     assert everywhere.models == []
+
+
+def counting(calls):
+    def backend(gm, example_inputs):
+        calls.append(1)
+        return gm
+
+    return backend
+
+
+@pytest.mark.parametrize("part", ["whole", "inner"])
+def test_a_wrapper_that_the_script_compiles(part, everywhere, caplog):
+    calls = []
+    model = Wrapper(GPT2Conv1D().double())
+    if part == "whole":
+        model = torch.compile(model, backend=counting(calls))
+    else:
+        model.model = torch.compile(model.model, backend=counting(calls))
+    with caplog.at_level("WARNING", "pgcompile"):
+        model(**BATCH.inputs)
+        model(**BATCH.inputs)
+    assert calls == [1] and sum("itself" in record.getMessage() for record in caplog.records) == 1
+    assert [(m.decisions, m.reasons) for m in everywhere.models] == [
+        ({}, ["the script compiles it, or a part of it, itself"])
+    ]
+
+
+def test_many_models_of_one_class(everywhere):
+    """Dynamo guards on the backend: one for each would use up its cache."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = GPT2Conv1D().double()
+        torch.testing.assert_close(
+            model(**BATCH.inputs) * BATCH.kept[..., None],
+            model._call_impl(**BATCH.inputs) * BATCH.kept[..., None],
+        )
+    assert [m.decisions for m in everywhere.models] == [{"packed": 1}] * 12
+    assert pgcompile.stats().recompile_limit_hits == 0
+
+
+def test_threads_that_call_small_modules(everywhere):
+    """Whether a module is compiled is asked twice; the answers have to fit whatever other threads do."""
+    layers, failures = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(200)], []
+
+    def work():
+        try:
+            for layer in layers:
+                layer(torch.ones(1, 2))
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures and everywhere.models == []
+
+
+def test_other_tracers(everywhere):
+    """They trace the model itself, before it was compiled and after."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, ids = GPT2Conv1D().double(), BATCH.input_ids
+    for _ in range(2):
+        traced = make_fx(lambda ids: model(ids))(ids)
+        torch.testing.assert_close(traced(ids), model._call_impl(ids))
+        torch.testing.assert_close(torch.jit.trace(model, ids, check_trace=False)(ids), model._call_impl(ids))
+        model(ids)
+    assert [m.decisions for m in everywhere.models] == [{"packed": 2}]
+
+
+def test_backward_twice(monkeypatch):
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    torch._dynamo.reset()
+    switch_on(Everywhere(Options(inner="inductor", min_saving=0)))
+    try:
+        model = GPT2Conv1D(layers=1)
+        loss = model(**BATCH.inputs).square().sum()
+        loss.backward(retain_graph=True)
+        first = model.wte.weight.grad.clone()
+        loss.backward()
+        torch.testing.assert_close(model.wte.weight.grad, 2 * first)
+    finally:
+        switch_off()
+
+
+def test_it_says_that_padding_is_zero(everywhere, caplog):
+    batch = random_tree_batch(rows=6, positions=12, padding="right", seed=1)
+    model = GPT2Conv1D().double()
+    with caplog.at_level("WARNING", "pgcompile"):
+        for _ in range(2):
+            model(**batch.inputs)
+    assert sum("outputs are zero there" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_generation_and_pickling(everywhere):

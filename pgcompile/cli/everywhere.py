@@ -2,7 +2,8 @@
 
 `nn.Module.__call__` asks each module for its `_compiled_call_impl`, a class attribute that is None unless
 `module.compile` was called. Here it becomes a descriptor: the outermost module that is called with token ids and has an
-embedding is compiled in place, at that call. Nothing else of modules changes; the attribute isn't pickled.
+embedding is compiled in place, at that call. Nothing else of modules changes; the attribute isn't pickled. What the
+script compiles itself is left to it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import fnmatch
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import skip_code
 from torch.utils._pytree import tree_leaves
 
 from ..backend import pgcompile
-from ..generation import keep_generation_out
+from ..generation import CompiledInPlace, is_traced
 from ..inner import compile_lock
 from ..options import Options
 from ..passes.reasons import HARMLESS
@@ -30,7 +32,7 @@ from ..report import BatchReport, GraphReport, log
 from ..stats import stats
 
 # They call the module that they wrap, with what they were given.
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch._dynamo.OptimizedModule)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass
@@ -75,55 +77,108 @@ class Everywhere:
     """
 
     def __init__(self, options: Options, only: str = "*") -> None:
-        self.options, self.only = options, only
+        self.only = only
         self.models: list[ModelReport] = []
+        # one for all models: Dynamo guards on the backend, and compiles anew for another one
+        self._backend = functools.partial(pgcompile, options=options, collector=self._collect)
         self._calling = threading.local()
-        self._others: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that aren't language models
+        self._others: dict[int, weakref.ref[nn.Module]] = {}  # modules by id that run as they are
+        self._has_warned = False
 
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any] | None:
         if torch.compiler.is_compiling():  # Dynamo looks into this when it inlines a module with hooks
             return None
-        if module is None or getattr(self._calling, "model", False) or isinstance(module, _WRAPPERS):
+        if module is None:
             return None
-        return None if module in self._others else functools.partial(self._call, module)
+        is_other = id(module) in self._others or getattr(self._calling, "report", None) is not None
+        if is_other or isinstance(module, _WRAPPERS):
+            return module._call_impl  # as without us; None could come between two looks of another thread
+        return functools.partial(self._call, module)
 
     def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (_has_embedding(module) and fnmatch.fnmatchcase(type(module).__name__, self.only)):
-            self._others.add(module)  # but its parts may be one
-            return module._call_impl(*args, **kwargs)
-        if _has_tokens(args, kwargs) and kwargs.get("past_key_values") is None:
+        if self._is_to_compile(module, args, kwargs):
             self._compile(module)
             return module(*args, **kwargs)
-        with self._inside():
-            return module._call_impl(*args, **kwargs)
+        return module._call_impl(*args, **kwargs)
 
+    @torch._dynamo.disable
+    def _is_to_compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if any(_is_compiled(m) for m in module.modules()):
+            self._leave_alone(module)
+            return False
+        if not (_has_embedding(module) and fnmatch.fnmatchcase(type(module).__name__, self.only)):
+            self._remember(module)  # but its parts may be one
+            return False
+        if vars(module).get("_is_replica", False) or is_traced():
+            return False
+        return _has_tokens(args, kwargs) and kwargs.get("past_key_values") is None
+
+    def _remember(self, module: nn.Module) -> None:
+        number = id(module)
+        self._others[number] = weakref.ref(module, lambda _: self._others.pop(number, None))
+
+    @torch._dynamo.disable
     def _compile(self, module: nn.Module) -> None:
         with compile_lock:
             if "_compiled_call_impl" in vars(module):  # by another thread
                 return
             report = ModelReport(type(module).__name__)
             self.models.append(report)
-            module.compile(backend=functools.partial(pgcompile, options=self.options, collector=report.add))
-            keep_generation_out(module)
+            module.compile(backend=self._backend)
+            module._compiled_call_impl = _Observed(module, module._compiled_call_impl, self._calling, report)
         log.info("pgcompile: %s goes through pgcompile", report.model)
 
-    @contextmanager
-    def _inside(self) -> Iterator[None]:
-        """Modules called by this one, in this thread, are parts of it."""
-        self._calling.model = True
-        try:
-            yield
-        finally:
-            self._calling.model = False
+    def _leave_alone(self, module: nn.Module) -> None:
+        for part in module.modules():
+            self._remember(part)
+        if _has_embedding(module):
+            text = "the script compiles it, or a part of it, itself"
+            name = type(getattr(module, "_orig_mod", module)).__name__
+            self.models.append(ModelReport(name, reasons=[text]))
+            log.warning("pgcompile: %s is left alone: %s", name, text)
+
+    def _collect(self, report: GraphReport | BatchReport) -> None:
+        model: ModelReport | None = getattr(self._calling, "report", None)
+        if model is None:  # a backward pass that runs forward again, in a thread of its own
+            return
+        model.add(report)
+        if isinstance(report, GraphReport) or report.decision != "packed" or self._has_warned:
+            return
+        if report.valid_tokens < report.dense_tokens:
+            self._has_warned = True
+            text = "padding isn't computed, and outputs are zero there: a loss outside of the model has to mask it"
+            log.warning("pgcompile: %s: %s, as transformers' and TRL's do", model.model, text)
 
     def report(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: fit for JSON."""
         return {"models": [asdict(m) for m in self.models], "stats": asdict(stats())}
 
 
+class _Observed(CompiledInPlace):
+    """Says in `calling.report`, of its thread, which model is being called: modules that it calls are parts of it."""
+
+    def __init__(
+        self, module: nn.Module, compiled: Any, calling: threading.local, report: ModelReport
+    ) -> None:
+        super().__init__(module, compiled)
+        self.calling, self.report = calling, report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = getattr(self.calling, "report", None)
+        self.calling.report = self.report
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.calling.report = before
+
+
 # Called between the graphs of whatever is compiled, they aren't to be compiled themselves.
-skip_code(Everywhere.__get__.__code__)
-skip_code(Everywhere._call.__code__)
+for function in (Everywhere.__get__, Everywhere._call, _Observed.__call__):
+    skip_code(function.__code__)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return isinstance(module, OptimizedModule) or "_compiled_call_impl" in vars(module)
 
 
 def _has_embedding(module: nn.Module) -> bool:
@@ -133,12 +188,13 @@ def _has_embedding(module: nn.Module) -> bool:
 def _has_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Is there a batch of token ids `[N, S]` among the arguments?"""
     integers = (torch.int64, torch.int32)
-    return any(
-        isinstance(x, Tensor) and x.dim() == 2 and x.dtype in integers for x in tree_leaves((args, kwargs))
-    )
+    leaves = tree_leaves((args, kwargs))
+    return any(isinstance(x, Tensor) and x.dim() == 2 and x.dtype in integers for x in leaves)
 
 
 def switch_on(everywhere: Everywhere) -> None:
+    # scripts may run backward twice (retain_graph=True), which kernels that overwrite what was saved can't
+    torch._functorch.config.donated_buffer = False
     nn.Module._compiled_call_impl = everywhere  # type: ignore[assignment]
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ast
 import atexit
+import builtins
+import functools
 import importlib.util
 import json
 import os
@@ -17,7 +19,7 @@ import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -40,40 +42,50 @@ class Script:
     options: Options = field(default_factory=Options)
     report: Path | None = None
 
-    def run(self, code: types.CodeType, main: types.ModuleType) -> None:
+    def run(self, main: types.ModuleType, source: bytes | types.CodeType) -> None:
         """Run what `load` gave; whatever it raises comes through."""
         sys.modules["__main__"] = main
-        sys.argv = [str(main.__file__), *self.arguments]
-        sys.path[0] = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
+        sys.argv = [str(main.__file__) if self.is_module else self.name, *self.arguments]
+        if not sys.flags.safe_path:
+            sys.path[0] = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
         sys.excepthook = _without_own_frames(sys.excepthook)
         everywhere = Everywhere(self.options, self.only)
         switch_on(everywhere)
         for module, name in TRL_TRAINERS.items():
-            after_import(module, lambda found, name=name: _keep_groups(getattr(found, name)))
+            after_import(module, functools.partial(_keep_groups, name))
         if self.report is not None:
             atexit.register(write_report, _of_this_rank(self.report), everywhere)
+        # without this file's own `from __future__` imports
+        code = (
+            source
+            if isinstance(source, types.CodeType)
+            else compile(source, str(main.__file__), "exec", dont_inherit=True)
+        )
         exec(code, vars(main))
 
-    def load(self) -> tuple[types.CodeType, types.ModuleType]:
-        """The code, and the module that it is the code of.
+    def load(self) -> tuple[types.ModuleType, bytes | types.CodeType]:
+        """A module `__main__`, empty, and what is to run in it.
 
         Raises:
             click.ClickException: there is no such file or module.
         """
         main = types.ModuleType("__main__")
+        vars(main).update(__builtins__=builtins, __annotations__={}, __cached__=None)
         if self.is_module:
             sys.path[0] = os.getcwd()
             spec = _find_module(self.name)
-            if spec is None or spec.origin is None or not hasattr(spec.loader, "get_code"):
+            loader: Any = None if spec is None else spec.loader
+            if spec is None or spec.origin is None or not hasattr(loader, "get_code"):
                 raise click.ClickException(f"there is no module {self.name} that can be run")
-            vars(main).update(__file__=spec.origin, __spec__=spec, __package__=spec.parent)
-            return spec.loader.get_code(spec.name), main
+            vars(main).update(__file__=spec.origin, __spec__=spec, __package__=spec.parent, __loader__=loader)
+            return main, loader.get_code(spec.name)
         try:
             source = Path(self.name).read_bytes()
         except OSError as error:
             raise click.ClickException(f"can't open {self.name}: {error.strerror}") from None
-        vars(main).update(__file__=self.name, __builtins__=__builtins__)
-        return compile(source, self.name, "exec"), main
+        path = os.path.abspath(self.name)
+        vars(main).update(__file__=path, __loader__=SourceFileLoader("__main__", path))
+        return main, source
 
 
 def _find_module(name: str) -> ModuleSpec | None:
@@ -131,16 +143,17 @@ def _without_own_frames(hook: Callable[..., Any]) -> Callable[..., Any]:
             trace = trace.tb_next
         while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
             trace = trace.tb_next
-        if trace is not None:
+        if trace is not None or isinstance(error, SyntaxError):  # the latter: of the script itself
             error.__traceback__ = trace
         return hook(kind, error, error.__traceback__)
 
     return excepthook
 
 
-def _keep_groups(trainer_class: Any) -> None:
+def _keep_groups(name: str, module: types.ModuleType) -> None:
     from ..integrations.trl import regrouping
 
+    trainer_class = getattr(module, name)
     trainer_class._prepare_inputs = regrouping(trainer_class._prepare_inputs)
 
 
@@ -153,7 +166,7 @@ def after_import(name: str, act: Callable[[types.ModuleType], None]) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds one module, once, as the other finders do, and looks at it when it has been executed."""
+    """Finds one module, as the other finders do, and looks at it when it has been executed."""
 
     def __init__(self, name: str, act: Callable[[types.ModuleType], None]) -> None:
         self.name, self.act = name, act
@@ -161,23 +174,25 @@ class _AfterImport(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Watched(spec.loader, self.act)
+            spec.loader = _Watched(spec.loader, self)
         return spec
 
 
 class _Watched(Loader):
-    """A loader that calls `act` after it has executed its module."""
+    """A loader that tells `finder` after it has executed its module."""
 
-    def __init__(self, loader: Any, act: Callable[[types.ModuleType], None]) -> None:
-        self.loader, self.act = loader, act
+    def __init__(self, loader: Any, finder: _AfterImport) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__loader__ = module.__spec__.loader = self.loader  # type: ignore[union-attr]
+        sys.meta_path.remove(self.finder)
         self.loader.exec_module(module)
-        self.act(module)
+        self.finder.act(module)

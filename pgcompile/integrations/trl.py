@@ -76,9 +76,9 @@ def regroup(chunks: Sequence[Chunk], seed: Any) -> list[Chunk]:
     """
     rows = len(chunks[0]["completion_ids"])
     merged = {key: _merge([chunk[key] for chunk in chunks]) for key in chunks[0]}
-    strange = [k for k, v in merged.items() if _is_by_row(v) and len(v) != rows * len(chunks)]
-    if strange:
-        log.info("pgcompile: micro-batches aren't regrouped: %s isn't by row", ", ".join(strange))
+    strange = [k for chunk in chunks for k, v in chunk.items() if _is_by_row(v) and len(v) != rows]
+    if strange or any(n != 1 for n in merged.get("num_images") or ()):
+        log.info("pgcompile: micro-batches aren't regrouped: %s isn't by row", ", ".join(strange) or "images")
         return list(chunks)
     ids, mask = (
         torch.cat([merged[f"prompt_{name}"], merged[f"completion_{name}"]], 1) for name in ("ids", "mask")
