@@ -158,6 +158,23 @@ def test_sft(tokenizer, tmp_path):
     assert_trains_alike(trl.SFTTrainer, trl.SFTConfig, lambda: build(tokenizer), tmp_path, arguments, options)
 
 
+def test_sft_with_documents_in_one_row(tokenizer, tmp_path):
+    """They share nothing with each other; the run is the same, and says why it isn't packed."""
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs(24)]
+    arguments = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    settings = dict(steps=3, arguments=arguments, packing=True, max_length=64)
+    weights = [
+        train(trl.SFTTrainer, trl.SFTConfig, build(tokenizer), tmp_path, options, **settings)[1]
+        for options in (None, {})
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+    ids = torch.randint(2, 200, (1, 12))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
+    explanation = pgcompile.explain(build(tokenizer), input_ids=ids, position_ids=positions, use_cache=False)
+    kinds = {r.kind for graph in explanation.graphs for r in graph.fallbacks}
+    assert kinds == {"mask_not_understood"} or [b.decision for b in explanation.batches] == ["dense"]
+
+
 def test_reward(tokenizer, tmp_path):
     arguments = dict(train_dataset=Dataset.from_list(pairs(24)), processing_class=tokenizer)
     make = lambda: build(tokenizer, GPT2ForSequenceClassification)  # noqa: E731
