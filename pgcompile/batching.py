@@ -65,8 +65,11 @@ def plan_microbatches(
         The rows' numbers, one list per micro-batch; every row is in exactly one.
 
     Raises:
-        ValueError: a row alone exceeds the budget, or shapes that don't fit. TypeError: rows that aren't integers.
+        ValueError: a row alone exceeds the budget, shapes that don't fit, or limits that aren't positive. TypeError:
+            rows that aren't integers.
     """
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise ValueError(f"budget must be a number of tokens, at least 1, got {budget!r}")
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     if not 0 <= pair_cost < math.inf:

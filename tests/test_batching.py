@@ -156,6 +156,12 @@ def test_sampler_plans_each_epoch():
     assert list(plain) == plan_microbatches(ids, 60, attention_mask=mask)
 
 
+@pytest.mark.parametrize("budget", [0, -5, None, "10", True])
+def test_bad_budgets(budget):
+    with pytest.raises(ValueError, match="budget must be a number of tokens, at least 1"):
+        plan_microbatches([[1]], budget)
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "error", "says"),
     [

@@ -195,6 +195,16 @@ def test_other_modules_are_left_alone(everywhere):
     assert everywhere.models == []
 
 
+def test_a_run_without_a_model_says_so(everywhere, caplog):
+    everywhere.only = "Llama*"
+    Wrapper(GPT2Conv1D().double())(**BATCH.inputs)
+    with caplog.at_level("WARNING", "pgcompile"):
+        everywhere.warn_if_unused()
+    (record,) = caplog.records
+    assert "no model was compiled" in record.getMessage() and "'Llama*'" in record.getMessage()
+    assert "seen: GPT2Conv1D, Wrapper" in record.getMessage()
+
+
 def test_only_some_classes(everywhere):
     everywhere.only = "GPT2*"
     Wrapper(GPT2Conv1D().double())(**BATCH.inputs)

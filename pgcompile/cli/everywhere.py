@@ -84,6 +84,7 @@ class Everywhere:
         self._calling = threading.local()
         self._others: dict[int, weakref.ref[nn.Module]] = {}  # modules by id that run as they are
         self._has_warned = False
+        self._seen: set[str] = set()  # classes that `only` left out
 
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any] | None:
         if torch.compiler.is_compiling():  # Dynamo looks into this when it inlines a module with hooks
@@ -106,7 +107,9 @@ class Everywhere:
         if any(_is_compiled(m) for m in module.modules()):
             self._leave_alone(module)
             return False
-        if not (_has_embedding(module) and fnmatch.fnmatchcase(type(module).__name__, self.only)):
+        name, has_embedding = type(module).__name__, _has_embedding(module)
+        if not (has_embedding and fnmatch.fnmatchcase(name, self.only)):
+            self._seen |= {name} if has_embedding else set()
             self._remember(module)  # but its parts may be one
             return False
         if vars(module).get("_is_replica", False) or is_traced():
@@ -148,6 +151,13 @@ class Everywhere:
             self._has_warned = True
             text = "padding isn't computed, and outputs are zero there: a loss outside of the model has to mask it"
             log.warning("pgcompile: %s: %s, as transformers' and TRL's do", model.model, text)
+
+    def warn_if_unused(self) -> None:
+        """At exit: a report without a model looks like one of a run in which nothing was to be gained."""
+        if not self.models:
+            seen = f"; seen: {', '.join(sorted(self._seen))}" if self._seen else ""
+            text = "no module with an embedding, of a class like %r, was called with token ids%s"
+            log.warning("pgcompile: no model was compiled: " + text, self.only, seen)
 
     def report(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: fit for JSON."""

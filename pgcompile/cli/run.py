@@ -53,6 +53,7 @@ class Script:
         switch_on(everywhere)
         for module, name in TRL_TRAINERS.items():
             after_import(module, functools.partial(_keep_groups, name))
+        atexit.register(everywhere.warn_if_unused)
         if self.report is not None:
             atexit.register(write_report, _of_this_rank(self.report), everywhere)
         # without this file's own `from __future__` imports
