@@ -42,10 +42,7 @@ def reward(completions, **_):
 def train(trainer_class, tokenizer, is_compiled):
     """Rewards and losses of all steps, seconds of a step, and what was computed."""
     model = small_qwen(len(tokenizer))
-    if is_compiled:
-        model.compile(backend="pgcompile")
-    else:
-        model.compile(backend="inductor")
+    model.compile(backend="pgcompile" if is_compiled else "inductor")
     data = Dataset.from_list([{"prompt": f"{EXAMPLES} {a} + {2 * a} = "} for a in range(10, 74)])
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=PROMPTS * GROUP // MICROBATCHES,

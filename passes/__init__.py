@@ -8,7 +8,7 @@ from __future__ import annotations
 from . import graph, lower, padding, propagate, verify
 from .attention_match import match_attention
 from .canonicalize import canonicalize
-from .checkpoint import inline_checkpoints, wrap_checkpoints
+from .checkpoint import has_regions, inline_checkpoints, wrap_checkpoints
 from .functionalize import functionalize
 from .head import split_head
 from .pipeline import Compilation, Pass, run_passes
@@ -35,6 +35,8 @@ def aten_pass(c: Compilation) -> None:
     """Dynamo graph → pre-dispatch ATen, one spelling per operation."""
     assert c.inlined is not None
     c.aten = graph.to_aten(c.inlined)
+    if has_regions(c.inlined) and not has_regions(c.aten):
+        raise RuntimeError("tracing lost which nodes are checkpointed")
 
 
 def canonicalize_pass(c: Compilation) -> None:

@@ -97,8 +97,6 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
 def wrap_checkpoints(gm: fx.GraphModule, regions: Sequence[dict[str, Any]]) -> fx.GraphModule:
     """The same graph with the nodes of each region under the checkpoint operator again."""
     bodies = {number: _members(gm.graph, number) for number in range(len(regions))}
-    if regions and not any(_region(n) is not None for n in gm.graph.nodes):
-        raise RuntimeError("tracing lost which nodes are checkpointed")
     region_of = {node: number for number, members in bodies.items() for node in members}
     if not region_of:
         return gm
@@ -140,6 +138,11 @@ def _members(graph: fx.Graph, region: int) -> list[fx.Node]:
     tagged = {n for n in graph.nodes if n.op == "call_function" and _region(n) == region}
     members = tagged | (descendants(tagged) & ancestors(tagged))
     return [n for n in graph.nodes if n in members and n.op == "call_function"]
+
+
+def has_regions(gm: fx.GraphModule) -> bool:
+    """Is any node of the graph marked as checkpointed?"""
+    return any(_region(n) is not None for n in gm.graph.nodes)
 
 
 def _region(node: fx.Node) -> int | None:

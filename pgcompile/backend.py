@@ -81,15 +81,15 @@ def pgcompile(
     if collector is not None:
         collector(report)
     if compilation.reasons:
-        harmless = all(reason.kind in HARMLESS for reason in compilation.reasons)
-        if chosen.strict and not harmless:
+        if chosen.strict and not report.has_nothing_to_pack:
             cause = next(iter(compilation.errors), None)
             return functools.partial(_raise, FallbackError(compilation.reasons), cause)
         if not survey:
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
-            log.log(logging.INFO if harmless else logging.WARNING, text, describe(compilation.reasons))
+            level = logging.INFO if report.has_nothing_to_pack else logging.WARNING
+            log.log(level, text, describe(compilation.reasons))
         run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else without_compiler(gm)
-        return run if harmless else functools.partial(_run_eager, run)
+        return run if report.has_nothing_to_pack else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
     return PackedCall(compilation, chosen, collector, report.index, survey)
@@ -219,7 +219,7 @@ class PackedCall:
         inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
         if plan.tokens == 1:
             # sizes of 1 are special to compilers, and there is nothing to gain
-            return without_compiler(self.graphs.packed), inputs
+            return self.eager_packed, inputs
         graphs = self.graphs
         if graphs.head is not None:
             report.head_chunks = number_of_chunks(graphs.head, plan.tokens)
@@ -230,6 +230,10 @@ class PackedCall:
         if family is None:
             family = self.families[key] = family_of(graphs, self.aten, self.options)
         return compiled_packed(family, graphs, self.aten, plan.tokens, self.options), inputs
+
+    @functools.cached_property
+    def eager_packed(self) -> fx.GraphModule:
+        return without_compiler(self.graphs.packed)
 
     def _run_head(
         self, values: Sequence[Any], inputs: Sequence[Any], args: Sequence[Any], results: Sequence[Any], plan: Plan,

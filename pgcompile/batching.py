@@ -188,9 +188,8 @@ def _leaves(codes: Sequence[NDArray[Any]], seed: Seed) -> tuple[list[int], IntAr
     rng = np.random.default_rng(seed)
     leaves: list[int] = []
     shared: list[int] = []
-    todo = [
-        (0, len(order), 0)
-    ]  # ranges of sorted rows, and what their first leaf shares with the leaf before it
+    # ranges of sorted rows, and what their first leaf shares with the leaf before it
+    todo = [(0, len(order), 0)]
     while todo:
         low, high, before = todo.pop()
         if high - low == 1:

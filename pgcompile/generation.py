@@ -36,9 +36,8 @@ class CompiledInPlace:
         return self.compiled(*args, **kwargs)
 
 
-skip_code(
-    CompiledInPlace.__call__.__code__
-)  # called between the graphs of something else, it isn't to be compiled
+# Called between the graphs of something else, it isn't to be compiled itself.
+skip_code(CompiledInPlace.__call__.__code__)
 
 
 def keep_generation_out(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ building guards.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,9 +19,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import fx
-from torch._dynamo.convert_frame import (
-    compile_lock,
-)  # Dynamo's own: tracing patches nn.Module for all threads
+from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -223,8 +222,11 @@ class DenseGraph:
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self.gm, self.options = gm, options
-        self.eager = without_compiler(gm)
         self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any]]] = []
+
+    @functools.cached_property
+    def eager(self) -> fx.GraphModule:
+        return without_compiler(self.gm)
 
     def __call__(self, *args: Any) -> Any:
         if self.options.inner == "eager":

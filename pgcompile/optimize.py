@@ -44,10 +44,8 @@ def optimize(target: Any = None, **options: Any) -> Any:
 
 
 def _optimize(target: Any, options: Options) -> Any:
-    compile_options: Any = {
-        "backend": pgcompile,
-        "options": options,
-    }  # equal for equal options: Dynamo guards on that
+    # equal for equal options: Dynamo guards on that
+    compile_options: Any = {"backend": pgcompile, "options": options}
     if isinstance(target, torch.nn.Module):
         target.compile(**compile_options)
         keep_generation_out(target)

@@ -86,6 +86,11 @@ class GraphReport:
     head: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def has_nothing_to_pack(self) -> bool:
+        """Is it eager for harmless reasons only?"""
+        return bool(self.fallbacks) and all(reason.kind in HARMLESS for reason in self.fallbacks)
+
 
 @dataclass
 class Explanation:
@@ -102,11 +107,7 @@ class Explanation:
 
     @property
     def status(self) -> str:
-        counted = [
-            g.status
-            for g in self.graphs
-            if any(r.kind not in HARMLESS for r in g.fallbacks) or not g.fallbacks
-        ]
+        counted = [g.status for g in self.graphs if not g.has_nothing_to_pack]
         return max(counted, key=_WORST.index, default="eager")
 
     def to_dict(self) -> dict[str, Any]:

@@ -301,3 +301,27 @@ def test_bodies(wiring, inner_compiler):
         if a is not None:
             torch.testing.assert_close(a, b)
     assert pgcompile.stats().packed == 1
+
+
+class LateBody(nn.Module):
+    """Checkpoints what comes after packing: a mean over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Bodies(lambda m, a, b, c, x: c(b(a(x))))
+
+    def forward(self, ids):
+        norm = self.model(ids).logsumexp(-1)
+        return checkpoint(lambda norm: norm.mean() * self.model.weight[0], norm, use_reentrant=False)
+
+
+@pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager"])
+def test_a_body_behind_the_packed_graph(inner_compiler, attention_calls):
+    target = LateBody().double()
+    ids = BATCH.input_ids % 32
+    gradients = [
+        torch.autograd.grad(call(ids), list(target.parameters()))
+        for call in (target, fast(target, inner_compiler, strict=True))
+    ]
+    torch.testing.assert_close(*gradients)
+    assert pgcompile.stats().packed == 1 and len(attention_calls) == LAYERS

@@ -27,7 +27,6 @@ from ..backend import pgcompile
 from ..generation import CompiledInPlace, is_traced
 from ..inner import compile_lock
 from ..options import Options
-from ..passes.reasons import HARMLESS
 from ..report import BatchReport, GraphReport, log
 from ..stats import stats
 
@@ -54,7 +53,7 @@ class ModelReport:
 
     def add(self, report: GraphReport | BatchReport) -> None:
         if isinstance(report, GraphReport):
-            if report.fallbacks and all(reason.kind in HARMLESS for reason in report.fallbacks):
+            if report.has_nothing_to_pack:
                 return
             self.graphs.append(report.status)
             self.reasons += [text for text in map(str, report.fallbacks) if text not in self.reasons]
@@ -87,9 +86,8 @@ class Everywhere:
         self._seen: set[str] = set()  # classes that `only` left out
 
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any] | None:
-        if torch.compiler.is_compiling():  # Dynamo looks into this when it inlines a module with hooks
-            return None
-        if module is None:
+        # Dynamo looks into this when it inlines a module with hooks
+        if module is None or torch.compiler.is_compiling():
             return None
         is_other = id(module) in self._others or getattr(self._calling, "report", None) is not None
         if is_other or isinstance(module, _WRAPPERS):
@@ -104,6 +102,8 @@ class Everywhere:
 
     @torch._dynamo.disable
     def _is_to_compile(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if kwargs.get("past_key_values") is not None:  # first: the rest takes a look at all modules
+            return False
         if any(_is_compiled(m) for m in module.modules()):
             self._leave_alone(module)
             return False
@@ -114,7 +114,7 @@ class Everywhere:
             return False
         if vars(module).get("_is_replica", False) or is_traced():
             return False
-        return _has_tokens(args, kwargs) and kwargs.get("past_key_values") is None
+        return _has_tokens(args, kwargs)
 
     def _remember(self, module: nn.Module) -> None:
         number = id(module)

@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from ..files import write_atomically
 from ..options import Options
 from .everywhere import Everywhere, switch_on
 
@@ -46,8 +47,6 @@ class Script:
         """Run what `load` gave; whatever it raises comes through."""
         sys.modules["__main__"] = main
         sys.argv = [str(main.__file__) if self.is_module else self.name, *self.arguments]
-        if not sys.flags.safe_path:
-            sys.path[0] = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
         sys.excepthook = _without_own_frames(sys.excepthook)
         everywhere = Everywhere(self.options, self.only)
         switch_on(everywhere)
@@ -70,10 +69,11 @@ class Script:
         Raises:
             click.ClickException: there is no such file or module.
         """
+        if not sys.flags.safe_path:
+            sys.path[0] = os.getcwd() if self.is_module else str(Path(self.name).resolve().parent)
         main = types.ModuleType("__main__")
         vars(main).update(__builtins__=builtins, __annotations__={}, __cached__=None)
         if self.is_module:
-            sys.path[0] = os.getcwd()
             spec = _find_module(self.name)
             loader: Any = None if spec is None else spec.loader
             if spec is None or spec.origin is None or not hasattr(loader, "get_code"):
@@ -122,10 +122,8 @@ def parse_options(given: Iterable[str]) -> Options:
 
 def write_report(path: Path, everywhere: Everywhere) -> None:
     """Write the report as JSON, atomically; a script that ran isn't failed by it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(everywhere.report(), indent=2) + "\n")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(everywhere.report(), indent=2) + "\n")
     except OSError as error:
         print(f"pgcompile: the report can't be written: {error}", file=sys.stderr)
 

@@ -93,9 +93,11 @@ def _is_by_row(value: Any) -> bool:
 
 
 def _merge(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor) and values[0].dim() > 0:
-        return torch.cat(values)
-    return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
+    if not _is_by_row(values[0]):
+        return values[0]
+    return (
+        torch.cat(values) if isinstance(values[0], Tensor) else [item for value in values for item in value]
+    )
 
 
 def _take(value: Any, rows: list[int]) -> Any:
