@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import graph, lower, padding, propagate, verify
 from .attention_match import match_attention
 from .canonicalize import canonicalize
@@ -34,6 +36,8 @@ def opaque_pass(c: Compilation) -> None:
 def aten_pass(c: Compilation) -> None:
     """Dynamo graph → pre-dispatch ATen, one spelling per operation."""
     assert c.inlined is not None
+    if not any(isinstance(value, torch.Tensor) for value in graph.example_values(c.inlined)):
+        return c.refuse(Unsupported("nothing_to_pack", None, "the graph has no tensor among its inputs"))
     c.aten = graph.to_aten(c.inlined)
     if has_regions(c.inlined) and not has_regions(c.aten):
         raise RuntimeError("tracing lost which nodes are checkpointed")

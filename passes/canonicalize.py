@@ -5,9 +5,10 @@
 
 Otherwise a table computed from positions would seem to be computed from tokens, because it was cast like them.
 
-And a lookup in a parameter is one, however it is spelled:
+And a lookup in a parameter is one, however it is spelled (joined_lookups.py has the second):
 
-    weight[ids]           →  embedding(weight, ids), negative ids counted from the end
+    weight[ids]                               →  embedding(weight, ids), negative ids counted from the end
+    cat([weight[ids], other[other_ids]], 1)   →  where(is other's, embedding(other, …), embedding(weight, …))
 
 Broadcasting and losses have one spelling, too:
 
@@ -28,7 +29,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, call, requires_grad, same_size, schema_of, shape, sizes, val
+from .graph import (
+    aten,
+    bound_args,
+    call,
+    mutated_args,
+    requires_grad,
+    same_size,
+    schema_of,
+    shape,
+    sizes,
+    val,
+)
+from .joined_lookups import join_lookups
 from .rules.losses import ELEMENTWISE_LOSSES
 
 
@@ -44,11 +57,17 @@ def canonicalize(gm: fx.GraphModule) -> None:
             continue
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
-    for node in gm.graph.find_nodes(op="call_function", target=aten.broadcast_tensors.default):
-        if not node.users:
-            gm.graph.erase_node(node)
+        _erase_unused(gm.graph, node)
     gm.recompile()
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a node, and what only it used."""
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    for source in sources:
+        if not source.users and source.op == "call_function" and not mutated_args(source):
+            _erase_unused(graph, source)
 
 
 def _cast_like(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -181,6 +200,7 @@ CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.new_full.default: _filled(None),
     aten.new_empty.default: _empty,
     aten.index.Tensor: _lookup,
+    aten.cat.default: join_lookups,
     operator.getitem: _broadcast_item,
     aten.cross_entropy_loss.default: _flat_loss,
     aten.nll_loss_nd.default: _flat_loss,

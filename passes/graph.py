@@ -83,8 +83,6 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
     """
     values = example_values(gm)
     fakes = [v for v in values if isinstance(v, torch._subclasses.FakeTensor)]
-    if not fakes:
-        raise ValueError("the graph has no tensor input")
 
     def interpret(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():

@@ -40,6 +40,12 @@ def find_seeds(graph: fx.Graph) -> Seeds | Unsupported:
             None,
             "no 2-D integer input indexes an embedding, and no float [N, S, d] input enters the model",
         )
+    wide = next((n for n in floats if not by_ids and not isinstance(shape(n)[2], int)), None)
+    if wide is not None:
+        text = "the width of the tokens is taken for a size that changes from call to call"
+        return Unsupported(
+            "ambiguous_seed", wide, text, "torch._dynamo.mark_static(x, -1) tells that it doesn't"
+        )
     if any(not (same_size(s[0], sizes[0][0]) and same_size(s[1], sizes[0][1])) for s in sizes):
         where = (by_ids or floats)[-1]
         return Unsupported(

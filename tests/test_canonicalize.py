@@ -82,3 +82,70 @@ def test_half_precision_is_rounded_once(function):
     found, expected, names = canonical(lambda x, t: function(x * 100), False, torch.bfloat16)
     assert names.count(function.__name__) == 2
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+# Lookups side by side: function of tables a [7, 5] and b [9, 5] and labels [3, 4], all below 5; is it one lookup each?
+
+
+def written_between(a, b, t):
+    first = F.embedding(t, a)
+    t = t.clone()
+    t[0] = 1
+    return torch.cat([first, F.embedding(t, b)], 1)
+
+
+def without_gradient(a, b, t):
+    with torch.no_grad():
+        first = F.embedding(t, a)
+    return torch.cat([first, F.embedding(t, b)], 1)
+
+
+JOINED = {
+    "two tables": (lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t[:, :2], b)], 1), True),
+    "one row for all": (
+        lambda a, b, t: torch.cat([F.embedding(t[:1], a).expand(3, -1, -1), F.embedding(t, b)], 1), True,
+    ),
+    "one row repeated, cast": (
+        lambda a, b, t: torch.cat([F.embedding(t, b), F.embedding(t[1:2], a).repeat(3, 1, 1).half().double()], 1),
+        True,
+    ),
+    "three, of other lengths, and padding": (
+        lambda a, b, t: torch.cat([F.embedding(t, a, 2), F.embedding(t[:, 3:], b), F.embedding(t + 2, a)], -2), True,
+    ),
+    "half of the positions from one table": (
+        lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t, b)], 2), False,
+    ),
+    "more rows": (lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t, b)], 0), False),
+    "with something else": (lambda a, b, t: torch.cat([F.embedding(t, a), a.expand(3, 7, 5)], 1), False),
+    "something computed": (lambda a, b, t: torch.cat([F.embedding(t, a) * 2, F.embedding(t, b)], 1), False),
+    "positions repeated": (lambda a, b, t: torch.cat([F.embedding(t, a).repeat(1, 2, 1), F.embedding(t, b)], 1), False),
+    "a write between": (written_between, False),
+    "no gradient for one": (without_gradient, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", JOINED)
+def test_lookups_side_by_side(name, dynamic):
+    function, is_joined = JOINED[name]
+    graphs = []
+
+    def backend(gm, _):
+        graphs.append(to_aten(gm))
+        canonicalize(graphs[-1])
+        graphs[-1].graph.lint()
+        return graphs[-1]
+
+    tables = [torch.randn(rows, 5, dtype=torch.float64, requires_grad=True) for rows in (7, 9)]
+    labels = torch.randint(5, (3, 4))
+    torch._dynamo.reset()
+    found = torch.compile(function, backend=backend, dynamic=dynamic)(*tables, labels)
+    expected = function(*tables, labels)
+    assert torch.equal(found, expected)
+    weight = torch.randn_like(found)
+    gradients = [
+        torch.autograd.grad((value * weight).sum(), tables, allow_unused=True) for value in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    operations = [node.target for node in graphs[0].graph.nodes]
+    assert (torch.ops.aten.where.ScalarOther in operations) == is_joined

@@ -1,6 +1,8 @@
 """PEFT's adapters on a packed model: the same loss and gradients, or a reason."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ if BACKEND != "pgcompile":
     pytest.skip("compares pgcompile with eager", allow_module_level=True)
 
 import pgcompile  # noqa: E402
+from pgcompile.integrations.peft import trace_dora  # noqa: E402
 
 PROJECTIONS = ["q_proj", "v_proj", "up_proj"]
 
@@ -55,12 +58,20 @@ def step(call, model, **inputs):
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_as_eager(model, tolerance=1e-9, options=None, **inputs):
+def distinct_tokens():
+    ids, mask = batch().values()
+    return len({tuple(row[: s + 1]) for row, n in zip(ids.tolist(), mask.sum(1).tolist()) for s in range(n)})
+
+
+def assert_as_eager(model, tolerance=1e-9, options=None, dynamic=None, **inputs):
     torch._dynamo.reset()
     pgcompile.reset_stats()
     expected, gradients = step(model, model, **inputs)
     fast = torch.compile(
-        model, backend="pgcompile", options={"inner": "eager", "min_saving": 0, **(options or {})}
+        model,
+        backend="pgcompile",
+        dynamic=dynamic,
+        options={"inner": "eager", "min_saving": 0, **(options or {})},
     )
     actual, found = step(fast, model, **inputs)
     assert abs(actual - expected) <= tolerance * abs(expected)
@@ -99,15 +110,22 @@ PACKS = {
 @pytest.mark.parametrize("name", PACKS)
 def test_packs(name):
     stats = assert_as_eager(PACKS[name](), options={"strict": True})
-    ids, mask = batch().values()
-    distinct = {tuple(row[: s + 1]) for row, n in zip(ids.tolist(), mask.sum(1).tolist()) for s in range(n)}
-    assert stats.packed == 1 and stats.packed_tokens == len(distinct)
+    assert stats.packed == 1 and stats.packed_tokens == distinct_tokens()
 
 
 @pytest.mark.parametrize("base", ["qwen3", "llama"])
 def test_packs_others(base):
     """They cast to float32 in their norms."""
     assert assert_as_eager(adapted(lora(), base), 1e-5, options={"strict": True}).packed == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_virtual_tokens_are_a_shared_prefix(dynamic):
+    """In eval mode, too, where PEFT repeats a parameter instead of looking it up."""
+    model = adapted(peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    for mode in (model.train(), model.eval()):
+        stats = assert_as_eager(mode, options={"strict": True}, dynamic=dynamic)
+        assert stats.packed == 1 and stats.packed_tokens == 5 + distinct_tokens()
 
 
 def test_merged_and_unmerged():
@@ -145,12 +163,12 @@ def test_dropout_follows_the_option():
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        (peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), "token_mixing"),
+        (peft.PromptEncoderConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), "token_mixing"),
         (peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"), "ambiguous_seed"),
     ],
-    ids=["prompt_tuning", "prefix_tuning"],
+    ids=["p_tuning", "prefix_tuning"],
 )
-def test_virtual_tokens_run_as_written(config, kind):
+def test_computed_virtual_tokens_run_as_written(config, kind):
     model = adapted(config, "qwen3")
     assert assert_as_eager(model).packed == 0
     assert kind in {r.kind for g in pgcompile.explain(model, **batch()).graphs for r in g.fallbacks}
@@ -164,6 +182,31 @@ def test_an_adapter_per_row_runs_as_written():
     assert found.status == "eager" and "_mixed_batch_forward" in str(found)
 
 
-def test_dora_breaks_the_graph_and_stays_exact():
-    """Dynamo stops at PEFT's code for it; the parts between run packed without padding, or dense."""
-    assert_as_eager(adapted(lora(use_dora=True), "qwen3"), 1e-5)
+def test_dora_by_itself_breaks_the_graph_and_stays_exact(monkeypatch):
+    """Dynamo stops at PEFT's code for it; the parts between run packed without padding, or as written."""
+    dora = peft.tuners.lora.dora
+    monkeypatch.setattr(dora, "dequantize_module_weight", peft.utils.integrations.dequantize_module_weight)
+    model = adapted(lora(use_dora=True), "qwen3")
+    assert_as_eager(model, 1e-5)
+    graphs = pgcompile.explain(model, **batch()).graphs
+    assert not {"internal_error", "trace_failed"} & {r.kind for g in graphs for r in g.fallbacks}
+
+
+def test_dora_packs(monkeypatch):
+    dora = peft.tuners.lora.dora
+    monkeypatch.setattr(dora, "dequantize_module_weight", peft.utils.integrations.dequantize_module_weight)
+    trace_dora()
+    traceable = dora.dequantize_module_weight
+    trace_dora()
+    assert dora.dequantize_module_weight is traceable  # once is enough
+    stats = assert_as_eager(adapted(lora(use_dora=True), "qwen3"), 1e-5, options={"strict": True})
+    assert stats.packed == 1 and stats.eager == 0 and stats.packed_tokens == distinct_tokens()
+
+
+def test_pgcompile_run_makes_dora_traceable(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from peft.tuners.lora import dora\nprint(dora.dequantize_module_weight.is_traceable)\n"
+    )
+    command = [sys.executable, "-m", "pgcompile", "run", str(script)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"

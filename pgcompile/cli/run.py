@@ -1,8 +1,8 @@
 """`pgcompile run`: somebody's training script, with every language model in it through pgcompile.
 
 The script runs as `python script.py` would run it: it is `__main__`, with its own `sys.argv` and `sys.path[0]`, and
-what it raises, returns to the shell or does with signals is its own. Two things are switched on: `everywhere.py`, and
-micro-batches that keep their groups in TRL's trainers, as soon as those are imported.
+what it raises, returns to the shell or does with signals is its own. Three things are switched on: `everywhere.py`, and
+as soon as those are imported, micro-batches that keep their groups in TRL's trainers and PEFT's DoRA in one graph.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from ..files import write_atomically
+from ..integrations.peft import trace_dora
 from ..options import Options
 from .everywhere import Everywhere, switch_on
 
@@ -52,6 +53,7 @@ class Script:
         switch_on(everywhere)
         for module, name in TRL_TRAINERS.items():
             after_import(module, functools.partial(_keep_groups, name))
+        after_import("peft.tuners.lora.dora", lambda _: trace_dora())
         atexit.register(everywhere.warn_if_unused)
         if self.report is not None:
             atexit.register(write_report, _of_this_rank(self.report), everywhere)
