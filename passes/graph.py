@@ -17,6 +17,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from .reasons import Unsupported
@@ -26,7 +27,7 @@ aten = torch.ops.aten
 
 def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
     """Nodes of a Dynamo graph whose gradient or effect an ATen graph would not show."""
-    found = []
+    found = _subclasses(gm)
     for node in gm.graph.nodes:
         if node.op == "call_method" and node.target in (
             "register_hook",
@@ -62,6 +63,16 @@ def find_opaque(gm: fx.GraphModule) -> list[Unsupported]:
         elif "hook" in name and "torch" in (getattr(node.target, "__module__", None) or ""):
             found.append(_opaque("hook", node, f"`{name}` may change the gradient of a shared token"))
     return found
+
+
+def _subclasses(gm: fx.GraphModule) -> list[Unsupported]:
+    """Inputs, weights among them, that bring operations of their own: quantized, sharded. The first of each class."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    found = [n for n in inputs if is_traceable_wrapper_subclass(n.meta["example_value"])]
+    first = {type(n.meta["example_value"]).__name__: n for n in reversed(found)}
+    text = "tensors of class {}, which redefines operations, can't be looked into"
+    hint = "use plain tensors, or compile the part without them"
+    return [Unsupported("trace_failed", node, text.format(name), hint) for name, node in first.items()]
 
 
 def _opaque(kind: str, node: fx.Node, explanation: str) -> Unsupported:

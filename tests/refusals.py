@@ -269,6 +269,18 @@ def mean_over_everything(m, x, ids, mask):
     return x - x.mean()  # <--
 
 
+@between(refused(*BOTH))
+def quantize_with_one_scale(m, x, ids, mask):
+    scale = x.abs().amax() / 127  # <--
+    return x + ((x / scale).round() * scale - x).detach()
+
+
+@between(PACKS)
+def quantize_with_a_scale_for_each_token(m, x, ids, mask):
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return x + ((x / scale).round() * scale - x).detach()
+
+
 @between(refused(*TOKENS))
 def max_over_positions(m, x, ids, mask):
     return x + x.amax(dim=-2, keepdim=True)  # <--

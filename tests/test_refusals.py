@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from harness import BACKEND, assert_same, compiled, differences, kept_positions, run, status_of
-from refusals import CASES, HEADS, HIDDEN
+from refusals import CASES, HEADS, HIDDEN, Stream
 
 # (rows, positions): no size equals another, then each coincidence that a size-reading analysis would fall for.
 SIZES = {
@@ -79,6 +81,23 @@ def test_the_reason_and_its_line(name):
 def lines_named(source: str) -> set[int]:
     """The line numbers of refusals.py in 'refusals.py:12', 'File ".../refusals.py", line 12' and the like."""
     return {int(line) for line in re.findall(re.escape(THIS_FILE) + r"\D{0,10}(\d+)", source)}
+
+
+@needs_pgcompile
+def test_weights_that_redefine_operations():
+    """Quantized and sharded ones do. torch's own example of such a tensor holds two."""
+    import pgcompile
+
+    model = Stream(CASES["flip_features"]).double()
+    weight = model.head.weight.detach()
+    model.head.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    arguments = CASES["flip_features"].arguments(*SIZES["generic"])
+    (graph,) = pgcompile.explain(model, *arguments).graphs
+    (reason,) = graph.fallbacks
+    assert reason.kind == "trace_failed" and "TwoTensor" in reason.explanation
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="pgcompile", options={"inner": "eager"})(*arguments)
+    assert torch.equal(found.a, model(*arguments).a)
 
 
 @needs_pgcompile
