@@ -29,6 +29,7 @@ from .generation import compiled_module, keep_generation_out
 from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
 from .modes import GlobalModes, modes
 from .options import Options
+from .packed_tree import PackedTrees
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.checkpoint import without_compiler
 from .passes.layout import POSITION, ROW, Dim
@@ -143,6 +144,7 @@ class PackedCall:
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
         self.dense = DenseGraph(compilation.dynamo, options)
         self.families: dict[Any, Family] = {}
+        self.trees = PackedTrees()
         self.unchecked = options.check
         self.warned: set[str] = set()
         self.survey = survey
@@ -193,7 +195,7 @@ class PackedCall:
             results = self.graphs.prologue(*args)
             report.rows, report.positions = batch_sizes(self.graphs, results)
             report.dense_tokens = report.rows * report.positions
-            plan = build_plan(self.graphs, results, keep_all=self.options.min_saving == 0)
+            plan = build_plan(self.graphs, results, self.options.min_saving == 0, self.trees)
         report.valid_tokens, report.packed_tokens = plan.valid_tokens, plan.tokens
         report.kept_padding = plan.kept_padding
         report.segments, report.depth = plan.tree.num_segments, plan.tree.max_segment_depth
@@ -201,7 +203,7 @@ class PackedCall:
         report.saving = self.cost.saving(plan)
         stats.count(
             dense_tokens=plan.dense_tokens, valid_tokens=plan.valid_tokens, packed_tokens=plan.tokens,
-            plan_seconds=time.perf_counter() - started,
+            plans_reused=plan.is_known, plan_seconds=time.perf_counter() - started,
         )  # fmt: skip
         wanted = MIN_SAVING if self.options.min_saving is None else self.options.min_saving
         if self.options.min_saving != 0 and report.saving < wanted:

@@ -6,18 +6,17 @@ their rows agree on every key column, bitwise, from the first kept token up to t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .columns import MASK_PROBLEMS, Columns, DenseCall, batch_sizes, key_groups, read_columns, select_map
+from .packed_tree import PackedTrees
 from .passes.layout import POSITION, ROW, TokenLayout, is_token_factor
 from .passes.packed_graphs import PackedGraphs
-from .prefix_tree import PrefixTree, build_prefix_tree, encode_columns
+from .prefix_tree import PrefixTree, encode_columns
 
 # A branch makes every engine handle a segment more; measured on CPU that costs about as much as 16 tokens.
 MIN_SHARED = 16
@@ -31,6 +30,7 @@ class Plan:
         rows, positions: N and S.
         tree: the prefix tree (numpy, on the host).
         class_of: int64 [N, S], packed index of each token, -1 where dropped, on the batch's device.
+        token_of: the same, with any token where one was dropped.
         row, position: int64 [T], where each packed token's representative stands.
         subtree_end, depth: int64 [T]; token k is an ancestor of q (or q) iff `k <= q < subtree_end[k]`.
         segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
@@ -38,12 +38,14 @@ class Plan:
         valid_tokens: tokens that weren't dropped.
         kept_padding: of those, leading and trailing ones that every attention masks: something else reads them.
         dense_pairs, packed_pairs: query-key pairs of causal attention over the batch and over the packed tokens.
+        is_known: the tree was built for an earlier call.
     """
 
     rows: int
     positions: int
     tree: PrefixTree
     class_of: Tensor
+    token_of: Tensor
     row: Tensor
     position: Tensor
     subtree_end: Tensor
@@ -54,25 +56,22 @@ class Plan:
     dense_pairs: int
     packed_pairs: int
     kept_padding: int
+    is_known: bool
 
     @property
     def tokens(self) -> int:
         return self.tree.tokens
-
-    @functools.cached_property
-    def token_of(self) -> Tensor:
-        """As class_of, with any token where one was dropped."""
-        return self.class_of.clamp(min=0)
 
     @property
     def dense_tokens(self) -> int:
         return self.rows * self.positions
 
 
-def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) -> Plan:
+def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, trees: PackedTrees) -> Plan:
     """Plan a batch from the prologue's results.
 
     Args:
+        trees: those of earlier batches.
         keep_all: share every branch, however short.
 
     Raises:
@@ -87,40 +86,26 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool) 
     masked = _masked(graphs, columns)
     dropped = None if masked is None or columns.droppable is None else masked & columns.droppable
     first, end = _kept_range(dropped, n, s)
-    tree = build_prefix_tree(encode_columns(columns.keys, (n, s)), first, end, 0 if keep_all else MIN_SHARED)
-    if tree.tokens == 0:
+    codes = encode_columns(columns.keys, (n, s))
+    packed, is_known = trees.find(codes, first, end, 0 if keep_all else MIN_SHARED, device)
+    if packed.tree.tokens == 0:
         raise DenseCall("empty_batch", "every token is padding")
     padding_first, padding_end = _kept_range(masked, n, s)
     kept_padding = int((end - first).sum() - (padding_end - padding_first).sum())
-    _refuse_masks(graphs, columns, tree.class_of >= 0)
-    plan = _on_device(tree, n, s, first, end, device, data_valid, kept_padding)
+    _refuse_masks(graphs, columns, packed.tree.class_of >= 0)
+    plan = Plan(
+        n, s, packed.tree, packed.class_of, packed.token_of, packed.row, packed.position, packed.subtree_end,
+        packed.depth, packed.segments, data_valid,
+        valid_tokens=int((end - first).sum()),
+        dense_pairs=n * s * (s + 1) // 2,
+        packed_pairs=int((packed.tree.depth + 1).sum()),
+        kept_padding=kept_padding,
+        is_known=is_known,
+    )  # fmt: skip
     for column in wide:
         if not bool(column.is_equal_within(plan.class_of, plan.row, plan.position)):
             raise DenseCall("internal_error", "two different columns have the same fingerprint")
     return plan
-
-
-def _on_device(
-    tree: PrefixTree,
-    n: int,
-    s: int,
-    first: np.ndarray,
-    end: np.ndarray,
-    device: torch.device,
-    data_valid: list[Tensor],
-    kept_padding: int,
-) -> Plan:
-    def move(a: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(a)).to(device)
-
-    return Plan(
-        n, s, tree, move(tree.class_of), move(tree.row), move(tree.position), move(tree.subtree_end),
-        move(tree.depth), torch.from_numpy(tree.segments), data_valid,
-        valid_tokens=int((end - first).sum()),
-        dense_pairs=n * s * (s + 1) // 2,
-        packed_pairs=int((tree.depth + 1).sum()),
-        kept_padding=kept_padding,
-    )  # fmt: skip
 
 
 def kept_elements(

@@ -23,6 +23,7 @@ class Stats:
         checked: batches that were compared with the original (`Options.check`).
         compiles: packed graphs given to the inner compiler.
         recompile_limit_hits: frames on which Dynamo gave up (its `recompile_limit`).
+        plans_reused: calls whose tree was known: another graph, or an earlier call, had the same batch.
         plan_seconds: time spent planning.
     """
 
@@ -35,6 +36,7 @@ class Stats:
     checked: int = 0
     compiles: int = 0
     recompile_limit_hits: int = 0
+    plans_reused: int = 0
     plan_seconds: float = 0.0
 
     def __str__(self) -> str:

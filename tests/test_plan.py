@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgcompile import columns
+from pgcompile.packed_tree import PackedTrees
 from pgcompile.passes import PASSES
 from pgcompile.passes.pipeline import Compilation, run_passes
 from pgcompile.plan import build_plan
@@ -92,7 +93,7 @@ def test_one_copy_to_the_host_and_no_other_wait(kind, monkeypatch):
     copies, original = [], columns._to_host
     monkeypatch.setattr(columns, "_to_host", lambda tensors: (copies.append(1), original(tensors))[1])
     with SeesWaits() as mode:
-        plan = build_plan(graphs, results, keep_all=True)
+        plan = build_plan(graphs, results, True, PackedTrees())
     assert plan.tokens > 0 and len(copies) == 1
     assert mode.seen == []
 

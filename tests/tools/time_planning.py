@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from pgcompile.packed_tree import PackedTrees
 from pgcompile.passes import PASSES
 from pgcompile.passes.packed_graphs import PackedGraphs
 from pgcompile.passes.pipeline import Compilation, run_passes
@@ -108,11 +109,13 @@ def main() -> None:
         columns = [ids, positions, segment_ids, mask]
         codes = encode_columns(columns)
         graphs, results = planned(tuple(torch.from_numpy(c) for c in columns))
-        tokens = build_plan(graphs, results, keep_all=False).tokens
+        tokens = build_plan(graphs, results, False, PackedTrees()).tokens
+        trees = PackedTrees()
         stages: dict[str, Callable[[], Any]] = {
             "encode": partial(encode_columns, columns),
             "tree": partial(build_prefix_tree, codes, first, end),
-            "plan": partial(build_plan, graphs, results, keep_all=False),
+            "plan": lambda graphs=graphs, results=results: build_plan(graphs, results, False, PackedTrees()),
+            "known": partial(build_plan, graphs, results, False, trees),
         }
         times = {stage: best_ms(call, repeats) for stage, call in stages.items()}
         cells = [f"{stage} {least:5.1f} ({median:5.1f})" for stage, (least, median) in times.items()]
