@@ -19,7 +19,7 @@ from .layout import KEY, POSITION, ROW, Dim
 from .lower_late import LateSide
 from .lower_packed import PackedSide
 from .mask_formula import Column, emit_column
-from .packed_graphs import PackedGraphs
+from .packed_graphs import MaskColumns, PackedGraphs
 from .padding import Guards
 from .propagate import Analysis, Value
 from .reasons import Unsupported
@@ -53,6 +53,7 @@ class Lowering:
         self.keys: dict[tuple[int, tuple[Dim, ...]], None] = {}
         self.columns: dict[Column, fx.Node] = {}
         self.data_masks: dict[fx.Node, int] = {}
+        self.mask_columns: dict[MaskColumns, int] = {}
         self.position_is_key = False
         self.packed = PackedSide(self)
         self.late = LateSide(self, self.packed)
@@ -171,7 +172,6 @@ class Lowering:
         for factor in (f for group in self.guards.groups for f in group):
             self.late.note_cuts(factor.selection)
         guards = [[(self.result(f.node), f) for f in group] for group in self.guards.groups]
-        key_valid = [self._valid_keys(m) for m in self.matches.values()]
         leaves = tree_leaves(self.gm.graph.output_node().args[0])
         outputs = [self.late.tokens_of(leaf) for leaf in leaves]
         to_zero = [
@@ -192,7 +192,8 @@ class Lowering:
             guards=guards,
             cuts=self.late.cuts,
             can_drop_padding=self.guards.refusal is None,
-            key_valid=key_valid,
+            mask_columns=list(self.mask_columns),
+            mask_of=[self.mask_columns_of(m) for m in self.matches.values()],
             data_masks=data_masks,
             prologue=prologue,
             packed=module_of(self.gm, self.packed.graph),
@@ -208,6 +209,9 @@ class Lowering:
             to_zero=to_zero,
         )
 
-    def _valid_keys(self, match: AttentionMatch) -> tuple[int, ...]:
+    def mask_columns_of(self, match: AttentionMatch) -> int:
+        """Index of an attention's columns among the distinct ones."""
         data = () if match.formula.data is None else (-1 - self.data_masks[match.formula.data],)
-        return (*(self.result(self.columns[c]) for c in match.formula.key_valid), *data)
+        valid = (*(self.result(self.columns[c]) for c in match.formula.key_valid), *data)
+        same = tuple(self.result(self.columns[c]) for c in match.formula.same_value)
+        return self.mask_columns.setdefault(MaskColumns(valid, same), len(self.mask_columns))

@@ -172,8 +172,9 @@ class PackedSide:
                 self._heads(match.q, self.value(match.q), dtype), self._heads(match.k, k, dtype),
                 self._heads(match.v, self.value(match.v), dtype),
                 self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
-                self._input(Input("segments"), "segments"), *columns, match.scale, match.formula.window,
-                self.whole.engine,
+                self._input(Input("segments"), "segments"),
+                self._input(Input("hides", self.whole.mask_columns_of(match)), "hides"),
+                *columns, match.scale, match.formula.window, self.whole.engine,
             ),
         )  # fmt: skip
         call.meta["layouts"] = None

@@ -20,8 +20,8 @@ class Input:
     Args:
         kind: "argument" (the graph's own argument `index`), "value" (prologue result `index`, the same for all
             tokens), "column" (prologue result `index`, packed by `dims`), or a tensor of the plan ("subtree_end",
-            "depth", "segments", "positions").
-        index: which argument or prologue result.
+            "depth", "segments", "positions", "hides" of the set of mask columns `index`).
+        index: which argument, prologue result, data mask or set of mask columns.
         dims: for columns, what their dims are.
     """
 
@@ -75,6 +75,19 @@ class Head:
     recomputed: list[str]
 
 
+@dataclass(frozen=True)
+class MaskColumns:
+    """What an attention's mask reads besides the order of tokens.
+
+    Args:
+        key_valid: prologue results that say which keys are valid (-1 - i for data mask i).
+        same_value: prologue results that are equal where a query may see a key.
+    """
+
+    key_valid: tuple[int, ...]
+    same_value: tuple[int, ...]
+
+
 @dataclass
 class PackedGraphs:
     """What the compiler hands to the runtime.
@@ -85,7 +98,8 @@ class PackedGraphs:
         late: `(*arguments, *prologue results, *packed results, class_of) -> outputs`; `late_inputs` picks from these.
         keys: prologue results `(index, dims)` that tell token classes apart; see `docs/design.md`.
         position_is_key: the column index entered the stream (a table by position).
-        key_valid: for each attention, the prologue results that say which keys are valid (-1 - i for data mask i).
+        mask_columns: the distinct sets of columns that attentions have.
+        mask_of: for each attention, the index of its set.
         guards: groups of prologue results that switch padding off (`padding.py`).
         results: the prologue's results as nodes of the original graph.
         outputs: for each output, in the order of the original's leaves, the dims that its tokens are in, if it has any.
@@ -101,7 +115,8 @@ class PackedGraphs:
     late_inputs: list[tuple[str, int]]
     keys: list[tuple[int, tuple[Dim, ...]]]
     position_is_key: bool
-    key_valid: list[tuple[int, ...]]
+    mask_columns: list[MaskColumns]
+    mask_of: list[int]
     data_masks: list[tuple[int, bool, bool]]
     guards: list[list[tuple[int, Factor]]]
     can_drop_padding: bool

@@ -61,6 +61,8 @@ def fake_inputs(
             )
         elif spec.kind == "segments":
             made.append(torch.empty((segments, 5), dtype=torch.int64, device="cpu"))
+        elif spec.kind == "hides":
+            made.append(torch.empty((2,), dtype=torch.bool, device="cpu"))
         elif spec.kind == "data_mask":
             made.append(torch.empty((tokens,), dtype=torch.bool, device=_device(graphs)))
         else:

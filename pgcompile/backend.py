@@ -256,6 +256,8 @@ class PackedCall:
             return pack_column(results[spec.index], spec.dims, plan)
         if spec.kind == "data_mask":
             return plan.data_valid[spec.index][plan.row, plan.position]
+        if spec.kind == "hides":
+            return plan.hides[spec.index]
         return {
             "subtree_end": plan.subtree_end, "depth": plan.depth, "segments": plan.segments, "positions": plan.position,
         }[spec.kind]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,23 +41,26 @@ class Columns:
 
     Args:
         keys: integers or booleans, equal where the original column is (fingerprints of wide columns almost surely).
-        valid: for each distinct group of key masks in `PackedGraphs.key_valid`, which keys are valid.
+        valid: for each of `key_groups`, which keys are valid.
+        changes: for each of `part_columns`, where a token's value isn't that of the token before it.
         droppable: tokens that nothing reads, apart from attention; None if they all may be read.
         problems: for each mask that is data, what is wrong with each query's row, an index into `MASK_PROBLEMS`.
     """
 
     keys: list[Any]
     valid: list[Any]
+    changes: list[Any]
     droppable: Any | None
     problems: list[Any]
 
     def on_host(self) -> Columns:
         """Views on the CPU, one copy from a device."""
         flags = [] if self.droppable is None else [self.droppable]
-        host = _to_host([*self.keys, *self.valid, *flags, *self.problems])
-        keys, host = host[: len(self.keys)], host[len(self.keys) :]
-        valid, host = [v.astype(bool) for v in host[: len(self.valid)]], host[len(self.valid) :]
-        return Columns(keys, valid, host.pop(0).astype(bool) if flags else None, host)
+        host = iter(_to_host([*self.keys, *self.problems, *self.valid, *self.changes, *flags]))
+        keys, problems = list(islice(host, len(self.keys))), list(islice(host, len(self.problems)))
+        booleans = (column.astype(bool) for column in host)
+        valid, changes = list(islice(booleans, len(self.valid))), list(islice(booleans, len(self.changes)))
+        return Columns(keys, valid, changes, next(booleans, None), problems)
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,24 @@ def read_columns(
         for group in groups
     ]
     droppable = _unread(graphs, results, n, s, keys[0].device) if graphs.can_drop_padding and groups else None
-    columns = Columns([*data_valid, *keys], valid, droppable, [problem for _, problem in read])
+    changes = [_changes(results[i].expand(n, s)) for i in part_columns(graphs)]
+    columns = Columns([*data_valid, *keys], valid, changes, droppable, [problem for _, problem in read])
     return columns, wide, data_valid
 
 
 def key_groups(graphs: PackedGraphs) -> list[tuple[int, ...]]:
     """The distinct groups of key masks that attentions have."""
-    return list(dict.fromkeys(group for group in graphs.key_valid if group))
+    return list(dict.fromkeys(c.key_valid for c in graphs.mask_columns if c.key_valid))
+
+
+def part_columns(graphs: PackedGraphs) -> list[int]:
+    """The prologue results that split rows into parts."""
+    return list(dict.fromkeys(i for c in graphs.mask_columns for i in c.same_value))
+
+
+def _changes(column: Tensor) -> Tensor:
+    """bool [N, S], of integers: masks that compare floats aren't understood."""
+    return column != torch.cat([column[:, :1], column[:, :-1]], 1)
 
 
 def batch_sizes(graphs: PackedGraphs, results: Sequence[Tensor]) -> tuple[int, int]:

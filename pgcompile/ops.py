@@ -42,6 +42,7 @@ def _prefix_attention(
     subtree_end_T: Tensor,
     depth_T: Tensor,
     segments_M5: Tensor,
+    hides_2: Tensor,
     key_valid: Sequence[Tensor],
     same_value: Sequence[Tensor],
     scale: float,
@@ -54,7 +55,8 @@ def _prefix_attention(
     (bool [T]) holds at s, every `same_value` column ([T]) agrees at s and t, and `depth[t] - depth[s] <
     window` where there is a window. H is a multiple of K; query head h uses key head h // (H // K).
     `segments_M5` (int64, host memory) holds start, end, subtree_end, depth of the first token, and parent (-1
-    for roots) of every segment, in preorder.
+    for roots) of every segment, in preorder. `hides_2` (bool, host memory) says whether `key_valid` and
+    `same_value` hide anything in this batch; where not, they aren't looked at.
 
     A query that sees no key has out = 0, lse = -inf and zero gradients. lse is not differentiable. Raises
     ValueError for an unknown engine and for tensors that don't fit together.
@@ -72,11 +74,22 @@ def _prefix_attention(
         if length != tokens or x.device != q_1HTD.device:
             expected, found = f"{tokens} tokens on {q_1HTD.device}", f"{length} on {x.device}"
             raise ValueError(f"prefix_attention: q has {expected}, {name} has {found}")
-    if not segments_M5.is_cpu:
-        raise ValueError("prefix_attention: segments must be in host memory (reading them must not wait)")
+    if not (segments_M5.is_cpu and hides_2.is_cpu):
+        raise ValueError(
+            "prefix_attention: segments and hides must be in host memory (reading them must not wait)"
+        )
     name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
-    mask = TreeMask(subtree_end_T, depth_T, segments_M5, key_valid, same_value, window)
+    mask = _tree_mask(subtree_end_T, depth_T, segments_M5, hides_2, key_valid, same_value, window)
     return ENGINES[name].attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
+
+
+def _tree_mask(
+    subtree_end_T: Tensor, depth_T: Tensor, segments_M5: Tensor, hides_2: Tensor, key_valid: Sequence[Tensor],
+    same_value: Sequence[Tensor], window: int | None,
+) -> TreeMask:  # fmt: skip
+    has_holes, has_parts = hides_2.tolist()
+    columns = (key_valid if has_holes else (), same_value if has_parts else ())
+    return TreeMask(subtree_end_T, depth_T, segments_M5, *columns, window)
 
 
 def _check_heads(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor) -> None:
@@ -100,9 +113,9 @@ def _prefix_attention_fake(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, *_: A
 
 
 def _prefix_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, subtree_end, depth, segments, key_valid, same_value, *ctx.options = inputs
+    q, k, v, subtree_end, depth, segments, hides, key_valid, same_value, *ctx.options = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, subtree_end, depth, segments, *key_valid, *same_value)
+    ctx.save_for_backward(q, k, v, out, lse, subtree_end, depth, segments, hides, *key_valid, *same_value)
     ctx.counts = len(key_valid), len(same_value)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # else every backward fills a gradient of lse with zeros
@@ -114,19 +127,19 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
     if grad_out is not None:
         # asked for once: under activation checkpointing that computes them again
         saved = ctx.saved_tensors
-        (*tensors, subtree_end, depth, segments), columns = saved[:8], saved[8:]
+        tensors, columns = saved[:9], saved[9:]
         dq, dk, dv = prefix_attention_backward(
-            grad_out, *tensors, subtree_end, depth, segments, columns[:valid], columns[valid:], *ctx.options
+            grad_out, *tensors, columns[:valid], columns[valid:], *ctx.options
         )
-    return dq, dk, dv, None, None, None, [None] * valid, [None] * same, None, None, None
+    return dq, dk, dv, None, None, None, None, [None] * valid, [None] * same, None, None, None
 
 
 @raises_engine_error
 def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv) from out and lse, which follow v in the forward's arguments; no probabilities are kept."""
-    k, v, out, lse, subtree_end, depth, segments, key_valid, same_value, scale, window, engine = args
+    k, v, out, lse, subtree_end, depth, segments, hides, key_valid, same_value, scale, window, engine = args
     name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
-    mask = TreeMask(subtree_end, depth, segments, key_valid, same_value, window)
+    mask = _tree_mask(subtree_end, depth, segments, hides, key_valid, same_value, window)
     return ENGINES[name].attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scale)
 
 
@@ -286,7 +299,7 @@ def _register(
 
 
 _MASK = (
-    "Tensor subtree_end, Tensor depth, Tensor segments, Tensor[] key_valid, Tensor[] same_value, "
+    "Tensor subtree_end, Tensor depth, Tensor segments, Tensor hides, Tensor[] key_valid, Tensor[] same_value, "
     "float scale, int? window, str engine"
 )
 

@@ -10,9 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from .columns import MASK_PROBLEMS, Columns, DenseCall, batch_sizes, key_groups, read_columns, select_map
+from .columns import (
+    MASK_PROBLEMS,
+    Columns,
+    DenseCall,
+    batch_sizes,
+    key_groups,
+    part_columns,
+    read_columns,
+    select_map,
+)
 from .packed_tree import PackedTrees
 from .passes.layout import POSITION, ROW, TokenLayout, is_token_factor
 from .passes.packed_graphs import PackedGraphs
@@ -34,6 +44,8 @@ class Plan:
         row, position: int64 [T], where each packed token's representative stands.
         subtree_end, depth: int64 [T]; token k is an ancestor of q (or q) iff `k <= q < subtree_end[k]`.
         segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
+        hides: for each of `PackedGraphs.mask_columns`, on the host, bool [2]: does `key_valid` hide a token that wasn't
+            dropped, and does `same_value` hide one in a token's own row?
         data_valid: for each mask that is data, bool [N, S]: which keys it allows.
         valid_tokens: tokens that weren't dropped.
         kept_padding: of those, leading and trailing ones that every attention masks: something else reads them.
@@ -51,6 +63,7 @@ class Plan:
     subtree_end: Tensor
     depth: Tensor
     segments: Tensor
+    hides: list[Tensor]
     data_valid: list[Tensor]
     valid_tokens: int
     dense_pairs: int
@@ -92,10 +105,11 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, 
         raise DenseCall("empty_batch", "every token is padding")
     padding_first, padding_end = _kept_range(masked, n, s)
     kept_padding = int((end - first).sum() - (padding_end - padding_first).sum())
-    _refuse_masks(graphs, columns, packed.tree.class_of >= 0)
+    kept = packed.tree.class_of >= 0
+    _refuse_masks(graphs, columns, kept)
     plan = Plan(
         n, s, packed.tree, packed.class_of, packed.token_of, packed.row, packed.position, packed.subtree_end,
-        packed.depth, packed.segments, data_valid,
+        packed.depth, packed.segments, _hides(graphs, columns, kept), data_valid,
         valid_tokens=int((end - first).sum()),
         dense_pairs=n * s * (s + 1) // 2,
         packed_pairs=int((packed.tree.depth + 1).sum()),
@@ -127,7 +141,7 @@ def kept_elements(
 
 def _masked(graphs: PackedGraphs, columns: Columns) -> np.ndarray | None:
     """bool [N, S]: tokens that every attention masks; None if one masks none."""
-    if not columns.valid or not all(graphs.key_valid):
+    if not columns.valid or not all(c.key_valid for c in graphs.mask_columns):
         return None
     return ~np.logical_or.reduce(columns.valid)
 
@@ -152,11 +166,13 @@ def _refuse_masks(graphs: PackedGraphs, columns: Columns, kept: np.ndarray) -> N
             raise DenseCall("mask_not_understood", MASK_PROBLEMS[found])
     valid = dict(zip(key_groups(graphs), columns.valid, strict=True))
     rules = dict.fromkeys(
-        (group, bool(m.formula.same_value), m.formula.window)
-        for group, m in zip(graphs.key_valid, graphs.matches, strict=True)
-        if group and not (m.masked_is_zero and m.formula.minus_inf)  # that is zero in the original and here
+        (graphs.mask_columns[i].key_valid, bool(m.formula.same_value), m.formula.window)
+        for i, m in zip(graphs.mask_of, graphs.matches, strict=True)
+        if not (m.masked_is_zero and m.formula.minus_inf)  # that is zero in the original and here
     )
     for group, has_parts, window in rules:
+        if not group:
+            continue
         keys = valid[group]
         hole = kept & ~keys
         if not hole.any():
@@ -169,3 +185,20 @@ def _refuse_masks(graphs: PackedGraphs, columns: Columns, kept: np.ndarray) -> N
             seen[:, window:] -= seen[:, :-window].copy()
         if (hole & (seen == 0)).any():
             raise DenseCall("fully_masked_query", "a token that isn't dropped may attend to nothing")
+
+
+def _hides(graphs: PackedGraphs, columns: Columns, kept: np.ndarray) -> list[Tensor]:
+    """For each set of mask columns: is a kept key invalid; is a kept token in another part than the one before it?"""
+    holes = {
+        group: bool((kept & ~v).any()) for group, v in zip(key_groups(graphs), columns.valid, strict=True)
+    }
+    inner = kept.copy()  # kept tokens behind a kept one
+    inner[:, 1:] &= kept[:, :-1]
+    splits = {
+        i: bool((changes & inner).any())
+        for i, changes in zip(part_columns(graphs), columns.changes, strict=True)
+    }
+    return [
+        torch.tensor([holes.get(c.key_valid, False), any(splits[i] for i in c.same_value)])
+        for c in graphs.mask_columns
+    ]

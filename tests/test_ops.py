@@ -101,7 +101,8 @@ def columns(tree: Tree, seed: int = 0) -> dict:
 
 
 def attend(tree: Tree, q, k, v, key_valid=(), same_value=(), scale=0.5, window=None, engine="reference"):
-    mask = tree.subtree_end, tree.depth, tree.segments, list(key_valid), list(same_value)
+    hides = torch.tensor([len(key_valid) > 0, len(same_value) > 0])
+    mask = tree.subtree_end, tree.depth, tree.segments, hides, list(key_valid), list(same_value)
     return torch.ops.pgcompile.prefix_attention(q, k, v, *mask, scale, window, engine)
 
 
@@ -430,12 +431,13 @@ def opcheck_samples() -> dict:
     tree = random_tree(0, rows=5, length=4)
     qkv = [x.float() for x in inputs(tree, heads=4, value_size=3)]
     mask = columns(tree)
-    args = tree.subtree_end, tree.depth, tree.segments, mask["key_valid"], mask["same_value"]
+    hides = torch.tensor([True, True])
+    args = tree.subtree_end, tree.depth, tree.segments, hides, mask["key_valid"], mask["same_value"]
     index, column = torch.tensor([3, -1, 0, 3]), torch.tensor([[1, 2], [-5, 77], [0, 0], [1, 1]])
     x = torch.randn(4, 6)
     return {
         "attention": ("prefix_attention", (*[x.requires_grad_() for x in qkv], *args, 0.5, 3, "auto")),
-        "attention, no columns": ("prefix_attention", (*qkv, *args[:3], [], [], 0.5, None, "reference")),
+        "attention, no columns": ("prefix_attention", (*qkv, *args[:4], [], [], 0.5, None, "reference")),
         "attention, half": ("prefix_attention", (*[x.bfloat16() for x in qkv], *args, 0.5, 2, "reference")),
         "tokens": ("gather_tokens", (x.clone().requires_grad_(), index)),
         "tokens, strided": (
@@ -491,7 +493,7 @@ def test_one_compile_serves_every_length(backend):
         tree, stream, index, column, mask = packed_batch(seed)
         seen.add((tree.tokens, len(tree.segments)))
         args = (
-            (tree.subtree_end, tree.depth, tree.segments),
+            (tree.subtree_end, tree.depth, tree.segments, torch.tensor([True, True])),
             mask["key_valid"],
             mask["same_value"],
             index,

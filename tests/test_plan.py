@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgcompile import columns
+from pgcompile.engines import reference
 from pgcompile.packed_tree import PackedTrees
 from pgcompile.passes import PASSES
 from pgcompile.passes.pipeline import Compilation, run_passes
@@ -105,3 +106,53 @@ def test_the_mode_sees_waits():
         x[x > 2] = 0
         x.nonzero()
     assert mode.seen == ["_local_scalar_dense", "index_put_", "nonzero"]
+
+
+def documents(mask, p):
+    return causal(p) & (mask[:, None, :, None] == mask[:, None, None, :])
+
+
+def padding(mask, p):
+    return causal(p) & mask.bool()[:, None, None, :]
+
+
+def both(mask, p):
+    return documents(mask // 2, p) & padding(mask % 2, p)
+
+
+HIDES = {  # what allows, the column's rows, and what hides: invalid keys, other parts
+    "no padding": (padding, ["1111", "1111"], [False, False]),
+    "padding that is dropped": (padding, ["0011", "1110"], [False, False]),
+    "a hole": (padding, ["0111", "1011"], [True, False]),
+    "one document in each row": (documents, ["1111", "5555"], [False, False]),
+    "two in one": (documents, ["1111", "5566"], [False, True]),
+    "one, right padding in another": (both, ["3330", "3333"], [False, False]),
+    "one, left padding in another": (both, ["0033", "3333"], [False, False]),
+    "two, padding": (both, ["3355", "3330"], [False, True]),
+}
+
+
+@pytest.mark.parametrize("case", HIDES)
+def test_what_columns_hide(case):
+    allowed, rows, expected = HIDES[case]
+    column = torch.tensor([[int(c) for c in row] for row in rows])
+    model = Attends(allowed)
+    if allowed is both:  # the factor that switches padding off
+        model.forward = lambda ids, mask: Attends.forward(model, ids, mask) * (mask % 2)[..., None]
+    graphs, results = graphs_of(model, torch.randint(32, column.shape), column)
+    plan = build_plan(graphs, results, True, PackedTrees())
+    assert [hidden.tolist() for hidden in plan.hides] == [expected]
+
+
+def test_columns_that_hide_nothing_are_not_looked_at(monkeypatch):
+    torch._dynamo.reset()
+    seen, original = [], reference.attention
+    monkeypatch.setattr(reference, "attention", lambda *args: (seen.append(args[3]), original(*args))[1])
+    call = torch.compile(
+        Attends(both), backend="pgcompile", options={"inner": "eager", "engine": "reference", "min_saving": 0}
+    )
+    for value in (3, 5):
+        mask = torch.full((4, 12), 3)
+        mask[0, :4] = value
+        call(torch.randint(32, mask.shape), mask)
+    assert [(len(mask.key_valid), len(mask.same_value)) for mask in seen] == [(0, 0), (0, 1)]

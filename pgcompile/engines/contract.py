@@ -18,8 +18,8 @@ class TreeMask(NamedTuple):
         subtree_end_T: int64, one past the last descendant of each token.
         depth_T: int64, the number of tokens before one in its row.
         segments_M5: int64 in host memory: start, end, subtree end, depth of the first token, parent (-1 for roots).
-        key_valid: bool [T] each.
-        same_value: [T] each.
+        key_valid: bool [T] each; none if they hide nothing in this batch.
+        same_value: [T] each; likewise.
         window: or None.
     """
 
