@@ -97,7 +97,7 @@ def attention_backward(
     for call in levels:
         parts = _backward(call, tensors, lse_TH, scale)
         for grad, tokens, part in zip(grads, (call.queries, call.keys, call.keys), parts, strict=True):
-            grad[tokens] += part
+            _add(grad, tokens, part)
     if factor != 1:
         grads[0].mul_(factor)
     dq, dk, dv = (
@@ -194,6 +194,14 @@ def _backward(
     )  # fmt: skip
 
 
+def _add(into: Tensor, tokens: Tokens, part: Tensor) -> None:
+    """No token twice: the order of additions is fixed."""
+    if isinstance(tokens, slice):
+        into[tokens].add_(part)
+    else:
+        into.index_add_(0, tokens, part.to(into.dtype))
+
+
 def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
     """`[T, heads, size]` each, of one size that the kernels know: the smaller ones are padded with zeros."""
     size = -(-max(x.shape[-1] for x in tensors_1HTD) // ALIGNMENT) * ALIGNMENT
@@ -215,13 +223,14 @@ def _aligned(x_THD: Tensor, size: int) -> Tensor:
 def calls(mask: TreeMask, heads: int, key_heads: int, device: torch.device) -> list[Call]:
     """The calls of a tree, planned on the host: the first has all tokens as queries, in order.
 
-    Ancestor split or path gather: whichever moves fewer bytes beside what the kernels have to, counted for half
-    precision, forward and backward, in bytes per number. Launches aren't counted.
+    Ancestor split or path gather: whichever moves fewer bytes beside what one call has to, counted for half precision,
+    forward and backward, in bytes per number. Launches aren't counted, nor that a level may lie in one piece.
 
-    - A query of a level is gathered (q, then q, out and its gradient: 4 bytes each), and its out and dq are added to
-      float32 (10 bytes each): 36. For a key of a level that makes 18 for k and 18 for v: 36.
-    - A copied key is gathered twice (8) and its gradients added up (10), for k and for v: 36. And the kernel writes
-      its dk and dv once for each query head and reads them again: 8.
+    - A query of a level: q gathered, its out made float32, merged and put back (4 + 6 + 28); then q, out and its
+      gradient gathered, dq added to float32 (12 + 18): 68. A key of a level: gathered twice and its gradient added
+      (8 + 18), for k and for v: 52.
+    - A copied key: gathered twice, its gradient written, made float32 and added up (8 + 2 + 10), for k and for v: 40.
+      Before that the kernel writes dk and dv once for each query head, and they are read again: 8.
     """
     start, end, subtree_end, depth, _ = mask.segments_M5.unbind(1)
     window = mask.window
@@ -230,7 +239,7 @@ def calls(mask: TreeMask, heads: int, key_heads: int, device: torch.device) -> l
     asking = int((subtree_end - end).sum())
     asked = int((end - start)[subtree_end > end].sum())
     copied = int((depth + end - start).sum())
-    if (36 * key_heads + 8 * heads) * copied < 36 * (heads * asking + key_heads * asked):
+    if (40 * key_heads + 8 * heads) * copied < 68 * heads * asking + 52 * key_heads * asked:
         return [path_gather(mask.segments_M5, None, device)]
     return ancestor_split(mask.segments_M5, device)
 
