@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from flash_emulator import flash_on_cpu
+from harness import BACKEND, differences, random_tree_batch, run
 from pgcompile.engines import reference, varlen
 from pgcompile.engines.contract import TreeMask
 from test_ops import (
@@ -17,6 +18,7 @@ from test_ops import (
     random_tree,
     tree_of_rows,
 )
+from zoo.nano_gpt import NanoGPT
 
 CPU = torch.device("cpu")
 WAYS = ("split", "gather")
@@ -221,7 +223,7 @@ def test_gradients_of_510_answers_add_up_in_float32(way, log):
     assert (v.grad[0, 0, 0] == 1 + 510 / 2).all() and (v.grad[0, 0, 1:] == 0.5).all()
 
 
-@pytest.mark.parametrize("case", ["holes", "documents", "long heads", "no kernel"])
+@pytest.mark.parametrize("case", ["holes", "documents", "long heads", "many segments", "no kernel"])
 def test_what_the_kernels_cannot_do_runs_on_reference(case, log, monkeypatch):
     tree = random_tree(2)
     qkv = inputs(tree, size=264 if case == "long heads" else 8)
@@ -229,17 +231,38 @@ def test_what_the_kernels_cannot_do_runs_on_reference(case, log, monkeypatch):
     if case in ("holes", "documents"):
         name = "key_valid" if case == "holes" else "same_value"
         mask = {name: columns(tree)[name]}
+    if case == "many segments":
+        monkeypatch.setattr(varlen, "MAX_SEQUENCES", len(tree.segments) - 1)
     if case == "no kernel":
         monkeypatch.setattr(varlen, "why_not", lambda device, dtype: "no GPU here")
     why = varlen.why_not_call(qkv[0], qkv[2], tree_mask(tree, **mask))
-    word = {"holes": "mask", "documents": "mask", "long heads": "264", "no kernel": "no GPU"}[case]
-    assert why is not None and word in why
+    words = {
+        "holes": "mask",
+        "documents": "mask",
+        "long heads": "264",
+        "many segments": "segments",
+        "no kernel": "no GPU",
+    }
+    assert why is not None and words[case] in why
     results = [
         gradients(lambda *x, e=engine: attend(tree, *x, **mask, engine=e)[0], qkv)
         for engine in ("varlen", "reference")
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert not log.forward and not log.backward
+
+
+@pytest.mark.parametrize("inner_compiler", ["eager", "inductor"])
+def test_a_model_packs_and_runs_on_it(inner_compiler, log):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, batch = NanoGPT().double(), random_tree_batch(rows=6, positions=12, seed=1)
+    options = {"inner": inner_compiler, "engine": "varlen", "min_saving": 0}
+    compiled = torch.compile(model, backend=BACKEND, options=options)
+    expected = run(model, (), batch.inputs)
+    actual = run(compiled, (), batch.inputs, owner=model)
+    assert not differences(actual, expected, 1e-10, 1e-9)
+    assert log.forward and len(log.forward) == len(log.backward)
 
 
 def test_why_not(monkeypatch):

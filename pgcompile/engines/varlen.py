@@ -30,9 +30,11 @@ from . import reference
 from .contract import TreeMask
 from .cpu import merge, with_positive_scale
 
-# The largest head size of the kernels, and what it has to be a multiple of: they load 16 bytes at a time.
+# The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
+# at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
 MAX_SIZE = 256
 ALIGNMENT = 8
+MAX_SEQUENCES = 65535
 
 # Window sizes (left, right): tokens before and after the diagonal that a query sees, -1 for all.
 EVERYTHING = (-1, -1)
@@ -131,6 +133,8 @@ def why_not_call(q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask) -> str | None:
     size = max(q_1HTD.shape[-1], v_1KTE.shape[-1])
     if size > MAX_SIZE:
         return f"flash attention has no kernel for heads of {size}"
+    if len(mask.segments_M5) > MAX_SEQUENCES:
+        return f"flash attention takes at most {MAX_SEQUENCES} sequences, not {len(mask.segments_M5)} segments"
     if mask.key_valid or mask.same_value:
         return "columns may hide keys, and flash attention takes no mask"
     return why_not(q_1HTD.device, q_1HTD.dtype)
