@@ -130,11 +130,11 @@ def why_not_call(q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask) -> str | None:
 
     A column that is there counts as one that hides keys: to look at its values the host would have to wait.
     """
-    size = max(q_1HTD.shape[-1], v_1KTE.shape[-1])
+    size, segments = max(q_1HTD.shape[-1], v_1KTE.shape[-1]), len(mask.segments_M5)
     if size > MAX_SIZE:
         return f"flash attention has no kernel for heads of {size}"
-    if len(mask.segments_M5) > MAX_SEQUENCES:
-        return f"flash attention takes at most {MAX_SEQUENCES} sequences, not {len(mask.segments_M5)} segments"
+    if segments > MAX_SEQUENCES:
+        return f"flash attention takes at most {MAX_SEQUENCES} sequences, the tree has {segments} segments"
     if mask.key_valid or mask.same_value:
         return "columns may hide keys, and flash attention takes no mask"
     return why_not(q_1HTD.device, q_1HTD.dtype)
