@@ -10,12 +10,13 @@ An engine is a module with the two functions of `contract.Engine`. It computes t
 - `segments_M5` is in host memory, so that an engine can read it without waiting for the device.
 """
 
-from . import cpu, reference
+from . import cpu, reference, varlen
 from .contract import Engine, TreeMask
 
 ENGINES: dict[str, Engine] = {
     "reference": reference,
     "cpu": cpu,
+    "varlen": varlen,
 }
 
 __all__ = ["ENGINES", "Engine", "TreeMask"]

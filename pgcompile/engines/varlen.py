@@ -1,0 +1,316 @@
+"""Prefix attention on NVIDIA GPUs by variable-length flash attention, in one of two ways, both exact.
+
+Ancestor split: one causal call in which every segment attends itself; then one call for each level of the tree, in
+which the tokens below each inner segment of that level, a contiguous range in preorder, attend all of it. Results merge
+by log-sum-exp, and each call's backward runs with the merged out and lse, as in cpu.py. D levels below the roots take
+D + 1 calls.
+
+Path gather: one call, every segment's queries against copies of the keys on its path from the root. Causal masks are
+aligned at the bottom right, so that windows are the kernel's own.
+
+Both compute the same pairs; `calls` takes the way that moves fewer bytes. No call has an empty sequence: what a kernel
+returns for one differs between generations.
+
+The kernel is ATen's operator, because the public `torch.nn.attention.varlen.varlen_attn` has no backward that takes out
+and lse. It is FlashAttention-2, until `torch.nn.attention.activate_flash_attention_impl` puts FlashAttention-3 or 4 in
+its place: that is the user's choice for the whole process. dq is summed by atomics, unless
+`torch.use_deterministic_algorithms(True)` says otherwise, as in scaled_dot_product_attention.
+
+Shapes by suffix as in reference.py, M segments, P segments on the longest path; within a call, L queries, S keys and B
+sequences.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .contract import TreeMask
+from .cpu import merge, with_positive_scale
+
+# The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
+# at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
+MAX_SIZE = 256
+ALIGNMENT = 8
+MAX_SEQUENCES = 65535
+
+# Window sizes (left, right): tokens before and after the diagonal that a query sees, -1 for all.
+EVERYTHING = (-1, -1)
+CAUSAL = (-1, 0)
+
+Tokens = slice | Tensor
+Ranges = tuple[Tensor, Tensor]  # starts and lengths, int64 in host memory
+
+
+def attention(
+    q_1HTD: Tensor,
+    k_1KTD: Tensor,
+    v_1KTE: Tensor,
+    mask: TreeMask,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See reference.attention."""
+    if why_not_call(q_1HTD, v_1KTE, mask) is not None:
+        return reference.attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
+    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scale)
+    q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
+    first, *levels = calls(mask, q.shape[1], k.shape[1], q.device)
+    out_THE, lse_HT = _forward(first, q, k, v, scale)
+    lse_TH = lse_HT.t()
+    if levels:
+        out_THE = out_THE.to(reference.compute_dtype(q))
+    for call in levels:
+        part_LHE, lse_HL = _forward(call, q, k, v, scale)
+        part_LHE, at = part_LHE.to(out_THE.dtype), call.queries
+        out_THE[at], lse_TH[at] = merge(out_THE[at], lse_TH[at], part_LHE, lse_HL.t())
+    out_1THE = out_THE[None, ..., : v_1KTE.shape[-1]].to(q.dtype).contiguous()
+    return out_1THE.transpose(1, 2), lse_TH.t().contiguous()[None]
+
+
+def attention_backward(
+    grad_out_1HTE: Tensor,
+    q_1HTD: Tensor,
+    k_1KTD: Tensor,
+    v_1KTE: Tensor,
+    out_1HTE: Tensor,
+    lse_1HT: Tensor,
+    mask: TreeMask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.attention_backward."""
+    if why_not_call(q_1HTD, v_1KTE, mask) is not None:
+        return reference.attention_backward(
+            grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE, lse_1HT, mask, scale
+        )
+    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
+    sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
+    tensors = token_major(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE)
+    q, k = tensors[1:3]
+    lse_TH = lse_1HT[0].t()
+    first, *levels = calls(mask, q.shape[1], k.shape[1], q.device)
+    grads = list(_backward(first, tensors, lse_TH, scale))
+    if isinstance(first.keys, Tensor):  # keys were copied: the operator adds copies in a fixed order
+        add_copies = torch.ops.pgcompile.gather_tokens_backward
+        grads[1:] = [add_copies(grad, first.keys, k.shape[0]) for grad in grads[1:]]
+    if levels:
+        grads = [grad.to(reference.compute_dtype(q)) for grad in grads]
+    for call in levels:
+        parts = _backward(call, tensors, lse_TH, scale)
+        for grad, tokens, part in zip(grads, (call.queries, call.keys, call.keys), parts, strict=True):
+            _add(grad, tokens, part)
+    if factor != 1:
+        grads[0].mul_(factor)
+    dq, dk, dv = (
+        grad[None, ..., :size].to(q.dtype).contiguous().transpose(1, 2)
+        for grad, size in zip(grads, sizes, strict=True)
+    )
+    return dq, dk, dv
+
+
+# -- what the kernels can't do -----------------------------------------------------------------------------------------
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this engine can't run on `device` with `dtype`; None if it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "flash attention with variable lengths needs an NVIDIA GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention has no kernel for {dtype}"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this PyTorch was built without flash attention"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "flash attention needs compute capability 8.0"
+    return None
+
+
+def why_not_call(q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask) -> str | None:
+    """Why this call runs on `reference`; None if the kernels can do it.
+
+    A column that is there counts as one that hides keys: to look at its values the host would have to wait.
+    """
+    size, segments = max(q_1HTD.shape[-1], v_1KTE.shape[-1]), len(mask.segments_M5)
+    if size > MAX_SIZE:
+        return f"flash attention has no kernel for heads of {size}"
+    if segments > MAX_SEQUENCES:
+        return f"flash attention takes at most {MAX_SEQUENCES} sequences, the tree has {segments} segments"
+    if mask.key_valid or mask.same_value:
+        return "columns may hide keys, and flash attention takes no mask"
+    return why_not(q_1HTD.device, q_1HTD.dtype)
+
+
+# -- one call of the kernel --------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """B sequences of queries, and of keys, none of them empty.
+
+    Args:
+        queries: the packed tokens that ask, sequence after sequence; no token twice.
+        keys: those that are asked. In a path gather, a token once for each path that it is on.
+        cu_queries, cu_keys: int32 [B + 1] on the device, where sequences start among the queries (keys).
+        max_queries, max_keys: the longest sequence.
+        window_size: which keys a query sees, (left, right), from the bottom right corner.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+    window_size: tuple[int, int]
+
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.cu_queries, self.cu_keys, self.max_queries, self.max_keys
+
+    def options(self, scale: float) -> dict[str, float | int]:
+        """Always with numbers: some generations take no None."""
+        left, right = self.window_size
+        return {"scale": scale, "window_size_left": left, "window_size_right": right}
+
+
+def _forward(call: Call, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out `[L, H, D]` and lse `[H, L]`, natural logarithm, float32."""
+    out_LHD, lse_HL, *_ = torch.ops.aten._flash_attention_forward(
+        q_THD[call.queries], k_TKD[call.keys], v_TKD[call.keys], *call.lengths(),
+        0.0, call.window_size == CAUSAL, False, **call.options(scale),
+    )  # fmt: skip
+    return out_LHD, lse_HL
+
+
+def _backward(
+    call: Call, tensors: Sequence[Tensor], lse_TH: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq `[L, H, D]`, dk and dv `[S, K, D]`) of this call's pairs.
+
+    Args:
+        tensors: gradient of out, q, k, v, out: token-major, out over all keys of a query.
+        lse_TH: over all of them, too.
+    """
+    grad_out, q, k, v, out = tensors
+    random = q.new_empty(2, dtype=torch.uint64)  # the state of dropout, which is off: not read
+    return torch.ops.aten._flash_attention_backward(
+        grad_out[call.queries], q[call.queries], k[call.keys], v[call.keys], out[call.queries],
+        lse_TH[call.queries].t().contiguous(), *call.lengths(),
+        0.0, call.window_size == CAUSAL, random, random, **call.options(scale),
+    )  # fmt: skip
+
+
+def _add(into: Tensor, tokens: Tokens, part: Tensor) -> None:
+    """No token twice: the order of additions is fixed."""
+    if isinstance(tokens, slice):
+        into[tokens].add_(part)
+    else:
+        into.index_add_(0, tokens, part.to(into.dtype))
+
+
+def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
+    """`[T, heads, size]` each, of one size that the kernels know: the smaller ones are padded with zeros."""
+    size = -(-max(x.shape[-1] for x in tensors_1HTD) // ALIGNMENT) * ALIGNMENT
+    return [_aligned(x[0].transpose(0, 1), size) for x in tensors_1HTD]
+
+
+def _aligned(x_THD: Tensor, size: int) -> Tensor:
+    if x_THD.shape[-1] < size:
+        return torch.nn.functional.pad(x_THD, (0, size - x_THD.shape[-1]))
+    steps = (x_THD.storage_offset(), *x_THD.stride()[:2])
+    if x_THD.stride(-1) == 1 and all(step % ALIGNMENT == 0 for step in steps):
+        return x_THD
+    return x_THD.clone(memory_format=torch.contiguous_format)
+
+
+# -- a tree as calls ---------------------------------------------------------------------------------------------------
+
+
+def calls(mask: TreeMask, heads: int, key_heads: int, device: torch.device) -> list[Call]:
+    """The calls of a tree, planned on the host: the first has all tokens as queries, in order.
+
+    Ancestor split or path gather: whichever moves fewer bytes beside what one call has to, counted for half precision,
+    forward and backward, in bytes per number. Launches aren't counted, nor that a level may lie in one piece.
+
+    - A query of a level: q gathered, its out made float32, merged and put back (4 + 6 + 28); then q, out and its
+      gradient gathered, dq added to float32 (12 + 18): 68. A key of a level: gathered twice and its gradient added
+      (8 + 18), for k and for v: 52.
+    - A copied key: gathered twice, its gradient written, made float32 and added up (8 + 2 + 10), for k and for v: 40.
+      Before that the kernel writes dk and dv once for each query head, and they are read again: 8.
+    """
+    start, end, subtree_end, depth, _ = mask.segments_M5.unbind(1)
+    window = mask.window
+    if window is not None and window < int((depth + end - start).max()):
+        return [path_gather(mask.segments_M5, window, device)]
+    asking = int((subtree_end - end).sum())
+    asked = int((end - start)[subtree_end > end].sum())
+    copied = int((depth + end - start).sum())
+    if (40 * key_heads + 8 * heads) * copied < 68 * heads * asking + 52 * key_heads * asked:
+        return [path_gather(mask.segments_M5, None, device)]
+    return ancestor_split(mask.segments_M5, device)
+
+
+def ancestor_split(segments_M5: Tensor, device: torch.device) -> list[Call]:
+    """Every segment by itself, then level by level what is asked from below."""
+    start, end, subtree_end = segments_M5[:, :3].unbind(1)
+    itself, below = (start, end - start), (end, subtree_end - end)
+    result = [_call(itself, itself, itself[1], CAUSAL, device)]
+    level_M = (paths(segments_M5) >= 0).sum(1) - 1
+    for level in range(int(level_M.max())):
+        inner = (level_M == level) & (subtree_end > end)
+        queries, keys = ((starts[inner], lengths[inner]) for starts, lengths in (below, itself))
+        result.append(_call(queries, keys, keys[1], EVERYTHING, device))
+    return result
+
+
+def path_gather(segments_M5: Tensor, window: int | None, device: torch.device) -> Call:
+    """Every segment with its path from the root, or what a window leaves its first token of that."""
+    start, end, _, depth, _ = segments_M5.unbind(1)
+    path_MP = paths(segments_M5)
+    start_MP, end_MP, depth_MP = (column[path_MP.clamp(min=0)] for column in (start, end, depth))
+    if window is not None:
+        start_MP = start_MP + (depth[:, None] - (window - 1) - depth_MP).clamp(min=0)
+    lengths_MP = (end_MP - start_MP).clamp(min=0).masked_fill(path_MP < 0, 0)
+    keys = start_MP.flatten(), lengths_MP.flatten()
+    window_size = CAUSAL if window is None else (window - 1, 0)
+    return _call((start, end - start), keys, lengths_MP.sum(1), window_size, device)
+
+
+def paths(segments_M5: Tensor) -> Tensor:
+    """int64 [M, P], the segments from the root to each one, itself last; -1 in front of shorter paths."""
+    parent = segments_M5[:, 4]
+    at = torch.arange(len(parent))
+    steps = []
+    while bool((at >= 0).any()):
+        steps.append(at)
+        at = torch.where(at >= 0, parent[at], -1)
+    return torch.stack(steps[::-1], 1)
+
+
+def _call(
+    queries: Ranges, keys: Ranges, key_lengths_B: Tensor, window_size: tuple[int, int], device: torch.device
+) -> Call:
+    """One range of queries for each sequence; as many ranges of keys as make up `key_lengths_B`."""
+    cu_queries, cu_keys = (
+        _to_device(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), device)
+        for lengths in (queries[1], key_lengths_B)
+    )
+    return Call(
+        _tokens(queries, device), _tokens(keys, device), cu_queries, cu_keys,
+        int(queries[1].max()), int(key_lengths_B.max()), window_size,
+    )  # fmt: skip
+
+
+def _tokens(ranges: Ranges, device: torch.device) -> Tokens:
+    """The tokens of ranges, one after the other: a slice where they touch, which saves the copy."""
+    starts, lengths = (x[ranges[1] > 0] for x in ranges)
+    ends = starts + lengths
+    if bool((starts[1:] == ends[:-1]).all()):
+        return slice(int(starts[0]), int(ends[-1]))
+    total = int(lengths.sum())
+    shift, repeats = _to_device(torch.stack([ends - lengths.cumsum(0), lengths]), device)
+    # with the size given, the host doesn't wait for the device to count
+    return torch.arange(total, device=device) + shift.repeat_interleave(repeats, output_size=total)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: a copy from memory that isn't pinned may wait for everything that was launched before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
