@@ -98,9 +98,9 @@ def inputs(batch: Batch, shape: tuple[int, int, int, int], dtype: torch.dtype) -
 def attend(batch: Batch, q, k, v, grad, engine: str, window: int | None = None, key_valid=()) -> list[Tensor]:
     """out, dq, dk, dv."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out, lse = torch.ops.pgcompile.prefix_attention(
-        q, k, v, batch.subtree_end, batch.depth, batch.segments, list(key_valid), [], SCALE, window, engine
-    )
+    hides = torch.tensor([len(key_valid) > 0, False])
+    mask = batch.subtree_end, batch.depth, batch.segments, hides, list(key_valid), []
+    out, lse = torch.ops.pgcompile.prefix_attention(q, k, v, *mask, SCALE, window, engine)
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert out.transpose(1, 2).is_contiguous()
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
