@@ -26,6 +26,7 @@ from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, STREAM, WEIGHT
 from .subgraph import (
     drop_dead,
+    first_alike,
     live_nodes,
     module_of,
     order_placeholders,
@@ -48,6 +49,7 @@ class Lowering:
         self.gm, self.analysis, self.guards, self.engine = gm, analysis, guards, engine
         self.matches = {m.node: m for m in matches}
         self.prologue_results: dict[fx.Node, int] = {}
+        self.alike = first_alike(gm.graph, analysis)
         self.placeholders = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
         self.live = live_nodes(gm.graph)
         self.keys: dict[tuple[int, tuple[Dim, ...]], None] = {}
@@ -94,10 +96,14 @@ class Lowering:
         """Index of `node` among the prologue's results."""
         return self.prologue_results.setdefault(node, len(self.prologue_results))
 
+    def column_result(self, node: fx.Node) -> int:
+        """The same for a column, of which one may stand for others: nobody gets it to write to."""
+        return self.result(self.alike.get(node, node))
+
     def _key(self, node: fx.Node, dims: tuple[Dim, ...]) -> None:
         factors = {f for dim in dims for f in dim}
         if ROW in factors:
-            self.keys[(self.result(node), dims)] = None
+            self.keys[(self.column_result(node), dims)] = None
         else:
             self.position_is_key = True
 
@@ -212,6 +218,6 @@ class Lowering:
     def mask_columns_of(self, match: AttentionMatch) -> int:
         """Index of an attention's columns among the distinct ones."""
         data = () if match.formula.data is None else (-1 - self.data_masks[match.formula.data],)
-        valid = (*(self.result(self.columns[c]) for c in match.formula.key_valid), *data)
-        same = tuple(self.result(self.columns[c]) for c in match.formula.same_value)
+        valid = (*(self.column_result(self.columns[c]) for c in match.formula.key_valid), *data)
+        same = tuple(self.column_result(self.columns[c]) for c in match.formula.same_value)
         return self.mask_columns.setdefault(MaskColumns(valid, same), len(self.mask_columns))

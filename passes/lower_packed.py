@@ -62,7 +62,7 @@ class PackedSide:
         return found
 
     def packed_column(self, node: fx.Node, dims: tuple[Dim, ...]) -> fx.Node:
-        return self._input(Input("column", self.whole.result(node), dims), "column")
+        return self._input(Input("column", self.whole.column_result(node), dims), "column")
 
     def add(self, node: fx.Node) -> None:
         value = self.whole.analysis.values[node]

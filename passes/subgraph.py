@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import ancestors, base_of, is_mode_switch, is_tensor, mutated_args
+from .graph import ancestors, base_of, is_mode_switch, is_tensor, mutated_args, val
 from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import PROLOGUE
@@ -16,6 +16,27 @@ from .rules import PROLOGUE
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that the output depends on."""
     return ancestors([graph.output_node()])
+
+
+def first_alike(graph: fx.Graph, analysis: Analysis) -> dict[fx.Node, fx.Node]:
+    """For each node of the prologue the first one that computes the same: layers often do it anew, one after the other.
+
+    Memory that somebody writes to is left out: reading it earlier isn't the same.
+    """
+    written = {base_of(n) for node in graph.nodes if node.op == "call_function" for n in mutated_args(node)}
+    seen: dict[Any, fx.Node] = {}
+    first: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        first[node] = node
+        if node.op != "call_function" or analysis.kind(node) != PROLOGUE or is_mode_switch(node):
+            continue
+        memory = {base_of(n) for n in (node, *node.all_input_nodes)}
+        if memory & written or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        arguments = repr(fx.map_arg((node.args, node.kwargs), first.__getitem__))
+        dtype = val(node).dtype if is_tensor(node) else None  # autocast may choose another one
+        first[node] = seen.setdefault((node.target, arguments, dtype), node)
+    return first
 
 
 def views_of_shared_outputs(graph: fx.Graph) -> set[fx.Node]:

@@ -145,6 +145,8 @@ class PackedCall:
         self.dense = DenseGraph(compilation.dynamo, options)
         self.families: dict[Any, Family] = {}
         self.trees = PackedTrees()
+        inputs = enumerate(self.graphs.inputs)
+        self.made_inputs = [(at, spec) for at, spec in inputs if spec.kind != "argument"]
         self.unchecked = options.check
         self.warned: set[str] = set()
         self.survey = survey
@@ -218,7 +220,9 @@ class PackedCall:
     def _prepare(
         self, args: Sequence[Any], results: Sequence[Any], plan: Plan, report: BatchReport
     ) -> tuple[Callable[..., Any], list[Any]]:
-        inputs = [self._input(spec, args, results, plan) for spec in self.graphs.inputs]
+        inputs = [args[spec.index] if spec.kind == "argument" else None for spec in self.graphs.inputs]
+        for at, spec in self.made_inputs:
+            inputs[at] = self._input(spec, results, plan)
         if plan.tokens == 1:
             # sizes of 1 are special to compilers, and there is nothing to gain
             return self.eager_packed, inputs
@@ -247,9 +251,7 @@ class PackedCall:
         requests = head.requests(*self._late_inputs(args, results, None, plan))
         return run_head(head, values, inputs, requests, plan.tokens, report.head_chunks)
 
-    def _input(self, spec: Input, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> Any:
-        if spec.kind == "argument":
-            return args[spec.index]
+    def _input(self, spec: Input, results: Sequence[Any], plan: Plan) -> Any:
         if spec.kind == "value":
             return results[spec.index]
         if spec.kind == "column":

@@ -156,3 +156,61 @@ def test_columns_that_hide_nothing_are_not_looked_at(monkeypatch):
         mask[0, :4] = value
         call(torch.randint(32, mask.shape), mask)
     assert [(len(mask.key_valid), len(mask.same_value)) for mask in seen] == [(0, 0), (0, 1)]
+
+
+class Layers(nn.Module):
+    """Two attentions; before each, tokens are multiplied by `factors(ids, positions)[i]`."""
+
+    def __init__(self, factors):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.factors = nn.Embedding(32, 8), factors
+
+    def forward(self, ids):
+        x = self.embed(ids)[:, None]
+        found = self.factors(ids, torch.arange(ids.shape[1], dtype=torch.float32))
+        for factor in found:
+            x = x * factor[..., None, :, None]
+            x = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return x[:, 0], *found
+
+
+def by_layer(ids, p):
+    return [(p * 0.1).cos(), (p * 0.1).cos()]
+
+
+def by_layer_from_tokens(ids, p):
+    return [(ids.float() * 0.1).cos()[:, None].squeeze(1), (ids.float() * 0.1).cos()[:, None].squeeze(1)]
+
+
+def written_between(ids, p):
+    p = p + 0
+    view = p[None, :]
+    first = view * 0.1
+    p.add_(1)
+    return [first[0], (view * 0.1)[0]]
+
+
+def random_numbers(ids, p):
+    return [torch.dropout(p, 0.0, True), torch.dropout(p, 0.0, True)]
+
+
+@pytest.mark.parametrize(
+    ("factors", "columns"),
+    [(by_layer, 1), (by_layer_from_tokens, 1), (written_between, 2), (random_numbers, 2)],
+)
+def test_layers_that_compute_the_same_column_have_one(factors, columns):
+    ids = torch.randint(32, (4, 12))
+    ids[:, :8] = ids[0, :8].clone()
+    model = Layers(factors)
+    graphs, _ = graphs_of(model, ids)
+    tables = [spec for spec in graphs.inputs if spec.kind == "column" and len(spec.dims) > 2]
+    assert len(tables) == columns
+    for disabled in ([], ["functionalize_pass"]):  # without it, writes are left for lowering to see
+        torch._dynamo.reset()
+        options = {"inner": "eager", "min_saving": 0, "strict": True, "disable_passes": disabled}
+        found, expected = torch.compile(model, backend="pgcompile", options=options)(ids), model(ids)
+        torch.testing.assert_close(found, expected)
+        for outputs in (found, expected):
+            outputs[1].fill_(7)  # one of them only, even if they are equal
+        torch.testing.assert_close(found, expected)
