@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import json
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..files import write_atomically
 from .measure import CLASSES, Row, measure
 from .table import COLORS, markdown, terminal_table, totals
 
@@ -146,10 +146,3 @@ def read_rows(path: Path) -> list[Row]:
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """All rows as JSON; a run that is cut off leaves the last complete file."""
     write_atomically(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file at once, or leave it as it was."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    os.replace(new, path)
