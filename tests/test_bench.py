@@ -211,6 +211,28 @@ def test_twins_share_parameters(model):
     assert model.module.config._attn_implementation == "causal_sdpa"
 
 
+class Plain(nn.Module):
+    """A model of one's own: ids [N, S] → logits [N, S, 64], and takes nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(64, 32), nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        return self.head(x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
+def test_a_model_of_ones_own():
+    name = f"{__name__}:Plain"
+    own = build_model(name, None, 64, torch.float32, CPU)
+    assert count_work(own) == Work(32 * 96 + 32 * 64, 2 * 32, 0)
+    result = run("--device", "cpu", "--model", name, *SMALL, "--against", "dense,prefix-grouper,flex-tree")
+    assert result.exit_code == 0 and "needs a transformers model" in result.output
+    assert "--layers" in run("--device", "cpu", "--model", name, "--layers", 1).output
+
+
 # -- contestants -----------------------------------------------------------------------------------------------------
 
 

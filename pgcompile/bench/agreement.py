@@ -116,8 +116,9 @@ def distance(outcome: Outcome, truth: Outcome) -> Errors:
     """L2 norms of the differences; infinite where a gradient is missing or something isn't finite."""
     parts = []
     for found, wanted in zip(outcome.gradients, truth.gradients, strict=True):
-        if found is None or wanted is None:
-            parts.append(0.0 if found is wanted else float("inf"))
+        if found is None or wanted is None:  # no gradient is a gradient of zero
+            other = found if wanted is None else wanted
+            parts.append(0.0 if other is None or not other.any() else float("inf"))
         else:
             parts.append(_norm(found.to(wanted) - wanted))
     return Errors(

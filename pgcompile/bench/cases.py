@@ -237,9 +237,7 @@ def published() -> list[Case]:
         of(16384, 64, 2, "flash-preference 1.88×"),  # Qwen2.5-7B, A800
         of(8192, 1024, 2, "flash-preference 1.67×"),
         of(1024, 1024, 2, "flash-preference 1.26×"),
-        of(
-            7168, 1024, 32, "DualKV 1.63–2.09×", "P, R"
-        ),  # a context of 8K; Qwen3-8B, 8 × H100; arXiv 2605.15422
+        of(7168, 1024, 32, "DualKV 1.63–2.09×", "P, R"),  # 8K together; Qwen3-8B, 8 × H100
         of(16384, 64, 8, "castform 7.5×", "G"),  # a hybrid of 4B
         of(16384, 128, 8, "castform 7.3×", "G"),
         of(16384, 1024, 8, "castform 5.4×", "G"),

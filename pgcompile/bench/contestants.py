@@ -64,7 +64,7 @@ def packed(setup: Setup) -> Run:
     backend = functools.partial(pgcompile, options=setup.options, collector=setup.reports.append)
     run = torch.compile(token_logprobs, backend=backend)
     model, batch = setup.model, setup.batch
-    mask = {"attention_mask": batch.mask.long()} if setup.masked else {}
+    mask = {"attention_mask": batch.mask.long()} if setup.masked and model.has_mask else {}
     return lambda: run(model, batch.ids, batch.answer_positions, **mask)
 
 

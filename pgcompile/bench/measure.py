@@ -100,6 +100,7 @@ def _check(runners: list[_Runner], model: Model, batch: Batch, phase: str, tell:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+    _free()
     if yardstick is None:
         for runner in runners:
             if runner.is_running:
@@ -149,6 +150,13 @@ def _clear(model: Model) -> None:
     model.module.zero_grad(set_to_none=True)
 
 
+def _free() -> None:
+    """Give back what the truth's model, or an exception's frames, held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def _judged(row: Row) -> Iterator[None]:
     """What a contestant raises becomes its status; others go on."""
@@ -160,9 +168,7 @@ def _judged(row: Row) -> Iterator[None]:
         row.reason = f"{type(error).__name__}: {text}"[:300]
         row.seconds = []
     if row.status != "measured":
-        gc.collect()  # the exception held the tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free()
 
 
 def _take_reports(runner: _Runner) -> None:

@@ -7,8 +7,10 @@ import difflib
 import importlib
 import inspect
 import json
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,14 @@ class Model:
 
     Args:
         fixed: arguments of every call.
+        has_mask: takes an attention mask.
         has_logits_to_keep: computes logits for the positions it is told.
     """
 
     module: nn.Module
     vocab_size: int
     fixed: dict[str, Any]
+    has_mask: bool
     has_logits_to_keep: bool
 
     @property
@@ -81,13 +85,11 @@ class Model:
         module: Any = copy.deepcopy(self.module, shared)
         if attention is not None:
             module.set_attn_implementation(attention)
-        return Model(module, self.vocab_size, self.fixed, self.has_logits_to_keep)
+        return replace(self, module=module)
 
     def wider(self, dtype: torch.dtype) -> Model:
         """A copy in another precision."""
-        return Model(
-            copy.deepcopy(self.module).to(dtype), self.vocab_size, self.fixed, self.has_logits_to_keep
-        )
+        return replace(self, module=copy.deepcopy(self.module).to(dtype))
 
 
 def token_logprobs(model: Model, ids: Tensor, count: int, **arguments: Any) -> Tensor:
@@ -98,7 +100,7 @@ def token_logprobs(model: Model, ids: Tensor, count: int, **arguments: Any) -> T
     """
     if model.has_logits_to_keep:
         arguments["logits_to_keep"] = count + 1
-    out = model.module(input_ids=ids, **model.fixed, **arguments)
+    out = model.module(ids, **model.fixed, **arguments)
     logits = (out.logits if hasattr(out, "logits") else out)[:, -count - 1 : -1]
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -130,7 +132,8 @@ def build_model(
     embedding = next((m for m in module.modules() if isinstance(m, nn.Embedding)), None)
     if embedding is None:
         raise click.ClickException(f"{name}: the model has no nn.Embedding, so it takes no tokens")
-    return Model(module, embedding.num_embeddings, fixed, "logits_to_keep" in parameters)
+    names = ("attention_mask", "logits_to_keep")
+    return Model(module, embedding.num_embeddings, fixed, *(name in parameters for name in names))
 
 
 def _from_config(name: str, layers: int | None, positions: int) -> nn.Module:
@@ -190,6 +193,8 @@ def _from_factory(name: str, layers: int | None) -> nn.Module:
     module_name, _, attribute = name.partition(":")
     if layers is not None:
         raise click.BadParameter("a factory decides on its layers itself", param_hint="--layers")
+    if os.getcwd() not in sys.path:  # the console script leaves it out
+        sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -120,12 +120,13 @@ def terminal_tables(records: Sequence[Record], width: int) -> list[Table]:
             if row.status != "measured":
                 label.append(f": {row.status}", COLORS[row.status])
             lines.append((record, row, label))
-    room = width - max(len(label) for _, _, label in lines) - 3  # its padding, and the box
+    gap = 2  # a space of padding, and one between columns
+    room = width - max(len(label) for _, _, label in lines) - gap - 2  # the box has a space on each side
     groups: list[dict[str, list[str]]] = []
     left = 0
     for name, cell in used_columns(records).items():
         cells = ["" if row is None else cell(record, row) for record, row, _ in lines]
-        needed = max(map(len, (name, *cells))) + 1
+        needed = max(map(len, (name, *cells))) + gap
         if needed > left or not groups:
             groups.append({})
             left = room
