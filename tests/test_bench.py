@@ -245,7 +245,7 @@ def why_wrong(model, case, run_of):
     made = setup(model, case)
     yardstick = Yardstick.of(model, made.batch, "step")
     runner = measure._Runner(Row(""), made, run_of(made))
-    return yardstick.why_wrong(measure._outcome(runner, model, made.batch, "step"))
+    return yardstick.why_wrong(measure._first_call(runner, model, "step")[1])
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
@@ -364,6 +364,8 @@ def test_the_truth_needs_no_batch(model):
     case = SHAPES[4]
     batch = build(case, VOCABULARY)
     wide = model.wider(torch.float64)
+    for parameter in wide.module.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of something else; it must not count
     truth = by_rows(wide, batch, "step", torch.float64)
     logprobs = token_logprobs(wide, batch.ids, batch.answer_positions)
     (logprobs * batch.weights).sum().backward()

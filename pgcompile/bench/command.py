@@ -8,7 +8,7 @@ import logging
 import shlex
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import click
 import torch
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..cli.run import parse_options
 from ..files import write_atomically
@@ -134,84 +134,76 @@ def bench(**given: Any) -> None:
         if given["picture"] is not None:
             draw(records, given["picture"])
         if given["page_file"] is not None:
-            write_atomically(given["page_file"], page(records, notes, _command_line(given)))
+            write_atomically(given["page_file"], page(records, notes, _command_line()))
     if code == 0 and any(row.name == OURS and row.status == "wrong" for r in records for row in r.rows):
         code = 1
     raise SystemExit(code)
 
 
 def _measure_all(plan: _Plan, given: dict[str, Any], console: Console) -> tuple[list[Record], int]:
-    """The records of the plan's cases, and the exit code."""
-    started = time.monotonic()
-    json_file: Path | None = given["json_file"]
-    known = read(json_file) if json_file is not None else []
-    kept = {
-        case.name: r
-        for case in plan.cases
-        for r in known
-        if r.has(case, plan.names, plan.settings, plan.machine)
-    }
+    """The records of the plan's cases, those in the file among them, and the exit code."""
+    file: Path | None = given["json_file"]
+    known = read(file) if file is not None else []
+    found = [(c, r) for c in plan.cases for r in known if r.has(c, plan.names, plan.settings, plan.machine)]
+    kept = {case.name: record for case, record in found}
     left = [case for case in plan.cases if case.name not in kept]
+    why, code = "the budget is spent", CASES_ARE_LEFT
+    try:
+        for case, record in _measured(left, plan, given, console) if left else ():
+            kept[case.name] = record
+            if file is not None:
+                known = [r for r in known if not r.has(case, (), plan.settings, plan.machine)] + [record]
+                write(file, known)
+    except KeyboardInterrupt:
+        why, code = "interrupted", 130
+    missing = len(plan.cases) - len(kept)
+    if missing:
+        where = f"; the same command goes on, {file} has the others" if file is not None else ""
+        console.print(f"{why}: {missing} case{'s' * (missing > 1)} left{where}", soft_wrap=True)
+    return [kept[case.name] for case in plan.cases if case.name in kept], code if missing else 0
+
+
+def _measured(
+    cases: Sequence[Case], plan: _Plan, given: dict[str, Any], console: Console
+) -> Iterator[tuple[Case, Record]]:
+    """Measure one after the other, until the budget is spent."""
+    started = time.monotonic()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # of models, inductor and the profiler
-    code = 0
-    if left:
-        device = torch.device(given["device"])
-        if device.type == "cpu":
-            keep_freed_memory()
-        positions = max(case.most_tokens for case in plan.cases)
-        model = build_model(given["model"], given["layers"], positions, DTYPES[given["dtype"]], device)
-        work = count_work(model)
-        chosen = {name: CONTESTANTS[name] for name in plan.names}
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=len(left))
-            for i, case in enumerate(left):
-                if (
-                    given["budget_seconds"] is not None
-                    and time.monotonic() - started > given["budget_seconds"]
-                ):
-                    console.print(_left(len(left) - i, "the budget is spent", json_file), soft_wrap=True)
-                    code = CASES_ARE_LEFT
-                    break
+    device = torch.device(given["device"])
+    if device.type == "cpu":
+        keep_freed_memory()
+    longest = max(case.most_tokens for case in plan.cases)
+    model = build_model(given["model"], given["layers"], longest, DTYPES[given["dtype"]], device)
+    work = count_work(model)
+    chosen = {name: CONTESTANTS[name] for name in plan.names}
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[number]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        # by tokens, which says more about the time left than the number of cases
+        task = progress.add_task(
+            "", total=sum(case.most_rows * case.most_tokens for case in cases), number=""
+        )
+        for number, case in enumerate(cases, 1):
+            if given["budget_seconds"] is not None and time.monotonic() - started > given["budget_seconds"]:
+                return
 
-                def tell(text: str, name: str = case.name) -> None:
-                    progress.update(task, description=f"{name}: {text}")
+            def tell(text: str, name: str = case.name, number: int = number) -> None:
+                progress.update(task, description=f"{name}: {text}", number=f"{number}/{len(cases)}")
 
-                try:
-                    record = measure(
-                        case,
-                        model,
-                        work,
-                        chosen,
-                        plan.settings["phase"],
-                        given["repeats"],
-                        plan.options,
-                        tell,
-                    )
-                except KeyboardInterrupt:
-                    console.print(_left(len(left) - i, "interrupted", json_file), soft_wrap=True)
-                    code = 130
-                    break
-                record.settings, record.machine, record.command = (
-                    plan.settings,
-                    plan.machine,
-                    _command_line(given),
-                )
-                record.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-                kept[case.name] = record
-                if json_file is not None:
-                    known = [r for r in known if not r.has(case, (), plan.settings, plan.machine)] + [record]
-                    write(json_file, known)
-                for line in reasons(record):
-                    console.print(f"{case.name}: {line}", markup=False, soft_wrap=True)
-                progress.advance(task)
-    return [kept[case.name] for case in plan.cases if case.name in kept], code
-
-
-def _left(count: int, why: str, json_file: Path | None) -> str:
-    where = f"; the same command goes on, {json_file} has the others" if json_file is not None else ""
-    return f"{why}: {count} cases left{where}"
+            record = measure(
+                case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options, tell
+            )
+            record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
+            record.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            for line in reasons(record):
+                console.print(f"{case.name}: {line}", markup=False, soft_wrap=True)
+            progress.advance(task, case.most_rows * case.most_tokens)
+            yield case, record
 
 
 def _plan(given: dict[str, Any]) -> _Plan:
@@ -273,7 +265,7 @@ def _names(against: str) -> list[str]:
     return [name for name in CONTESTANTS if name in names or name == OURS]
 
 
-def _command_line(given: dict[str, Any]) -> str:
+def _command_line() -> str:
     """What the user typed."""
     context = click.get_current_context()
     words = ["pgcompile", "bench"]

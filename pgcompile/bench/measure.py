@@ -81,7 +81,7 @@ def measure(
                 tell(f"{runner.row.name}, {repeat + 1} of {repeats}")
                 with _judged(runner.row):
                     before = stats().plan_seconds
-                    runner.row.seconds.append(_timed(runner, model, phase))
+                    runner.row.seconds.append(_timed(runner, model, phase)[0])
                     runner.row.planning_seconds.append(stats().plan_seconds - before)
     _clear(model)
     for runner in runners:
@@ -110,30 +110,29 @@ def _check(runners: list[_Runner], model: Model, batch: Batch, phase: str, tell:
         if runner.is_running:
             tell(f"{runner.row.name}, first call")
             with _judged(runner.row):
-                runner.row.first_seconds = _timed(runner, model, phase)
-                reason, runner.row.errors = yardstick.why_wrong(_outcome(runner, model, batch, phase))
+                runner.row.first_seconds, outcome = _first_call(runner, model, phase)
+                reason, runner.row.errors = yardstick.why_wrong(outcome)
                 if reason is not None:
                     runner.row.status, runner.row.reason = "wrong", reason
 
 
-def _outcome(runner: _Runner, model: Model, batch: Batch, phase: str) -> Outcome:
-    _clear(model)
-    logprobs = _step(runner, phase).detach() * (batch.weights != 0)
+def _first_call(runner: _Runner, model: Model, phase: str) -> tuple[float, Outcome]:
+    """Its seconds, and what came out."""
+    seconds, logprobs = _timed(runner, model, phase)
+    logprobs = logprobs.detach().masked_fill(runner.setup.batch.weights == 0, 0)
     gradients = [p.grad for p in model.module.parameters()] if phase == "step" else []
-    outcome = Outcome(logprobs.cpu(), [None if g is None else g.cpu() for g in gradients])
-    _clear(model)
-    return outcome
+    return seconds, Outcome(logprobs.cpu(), [None if g is None else g.cpu() for g in gradients])
 
 
-def _timed(runner: _Runner, model: Model, phase: str) -> float:
-    """Seconds of a step; gradients are dropped before it, the optimizer isn't part of it."""
+def _timed(runner: _Runner, model: Model, phase: str) -> tuple[float, Tensor]:
+    """A step: seconds, and log-probabilities. Gradients are dropped before it, the optimizer isn't part of it."""
     device = runner.setup.batch.ids.device
     _clear(model)
     synchronize(device)
     started = time.perf_counter()
-    _step(runner, phase)
+    logprobs = _step(runner, phase)
     synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, logprobs
 
 
 def _step(runner: _Runner, phase: str) -> Tensor:
