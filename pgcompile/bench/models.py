@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, Any]] = {
         num_attention_heads=8, num_key_value_heads=4, head_dim=64,
     ),
 }  # fmt: skip
-ATTENTION = "causal_sdpa"
+ATTENTION, UNGROUPED = "causal_sdpa", "causal_sdpa_ungrouped"
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,11 @@ class Model:
         return replace(self, module=module)
 
     def wider(self, dtype: torch.dtype) -> Model:
-        """A copy in another precision."""
-        return replace(self, module=copy.deepcopy(self.module).to(dtype))
+        """A copy in another precision; its SDPA has no grouped heads, which float32 has no kernel for on GPUs."""
+        module: Any = copy.deepcopy(self.module).to(dtype)
+        if self.is_transformers:
+            module.set_attn_implementation(UNGROUPED)
+        return replace(self, module=module)
 
 
 def token_logprobs(model: Model, ids: Tensor, count: int, **arguments: Any) -> Tensor:
@@ -226,7 +229,26 @@ def _register_attention() -> None:
         return None if is_causal else sdpa_mask(**arguments)
 
     AttentionInterface.register(ATTENTION, sdpa_attention_forward)
-    AttentionMaskInterface.register(ATTENTION, mask)
+    AttentionInterface.register(UNGROUPED, ungrouped_attention)
+    for name in (ATTENTION, UNGROUPED):
+        AttentionMaskInterface.register(name, mask)
+
+
+def ungrouped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """SDPA on keys and values repeated for each query head, for transformers' AttentionInterface."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling
+    )
+    return out.transpose(1, 2), None
 
 
 def count_work(model: Model) -> Work:

@@ -37,7 +37,7 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def _tokens(record: Record, row: Row) -> str:
-    """What the contestant computes; for pgcompile what it says it does."""
+    """What the contestant computes, as far as it is known: pgcompile says."""
     if row.median is None:
         return ""
     if row.is_dense:
@@ -45,11 +45,8 @@ def _tokens(record: Record, row: Row) -> str:
             "" if record.tokens["valid"] == record.tokens["dense"] else f" ({record.tokens['valid']:,} valid)"
         )
         return f"{record.tokens['dense']:,}{padding}"
-    if not row.packing:
-        return f"{record.tokens['distinct']:,}"
-    if row.packing["decision"] != "packed":
-        return row.packing["decision"]
-    return f"{row.packing['tokens']:,}"
+    decision = row.packing.get("decision", "")
+    return f"{row.packing['tokens']:,}" if decision == "packed" else decision
 
 
 def _depth(record: Record, row: Row) -> str:
