@@ -44,6 +44,11 @@ class Case:
         return self.tree[0] * self.turn[1] if self.tree else self.prompt + self.answer
 
     @property
+    def fewest_tokens(self) -> int:
+        """Of a row, at the least."""
+        return self.tree[0] * self.turn[0] if self.tree else self.prompt + (self.shortest or self.answer)
+
+    @property
     def most_rows(self) -> int:
         return self.batch * (self.tree[1] ** (self.tree[0] - 1) if self.tree else self.group)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import importlib.util
 import logging
 import shlex
 import time
@@ -116,11 +117,16 @@ def bench(**given: Any) -> None:
     Exits with 1 if pgcompile computes something else than the dense model, with 3 if cases are left.
     """
     files: tuple[Path, ...] = given["files"]
+    to_measure = [p.opts[0] for p in _typed() if p.name not in ("files", "picture", "page_file", "notes")]
+    if files and to_measure:
+        raise click.UsageError(f"with FILES nothing is measured; leave out {to_measure[0]}")
     for file in (given["json_file"], given["picture"], given["page_file"]):
         if file is not None and not file.absolute().parent.is_dir():
             raise click.UsageError(f"there is no folder {file.parent}")
     if given["notes"] is not None and given["page_file"] is None:
         raise click.UsageError("--notes needs --markdown, the page that they go into")
+    if given["picture"] is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException('matplotlib is not installed; pip install "pgcompile[bench]"')
     notes = read_notes(given["notes"]) if given["notes"] is not None else {}
     console = Console(highlight=False)
     code = 0
@@ -131,10 +137,10 @@ def bench(**given: Any) -> None:
     if records:
         for table in terminal_tables(records, console.width):
             console.print(table)
-        if given["picture"] is not None:
-            draw(records, given["picture"])
         if given["page_file"] is not None:
             write_atomically(given["page_file"], page(records, notes, _command_line()))
+        if given["picture"] is not None:
+            draw(records, given["picture"])
     if code == 0 and any(row.name == OURS and row.status == "wrong" for r in records for row in r.rows):
         code = 1
     raise SystemExit(code)
@@ -236,7 +242,8 @@ def _cases(given: dict[str, Any], defaults: dict[str, Any]) -> list[Case]:
             raise click.UsageError("--tree replaces --prompt, --answer and --group")
         return [_tree(given["tree"], batch)]
     prompt = defaults["prompt"] if given["prompt"] is None else given["prompt"]
-    return [group_case(prompt, given["answer"] or defaults["answer"], given["group"] or 8, batch)]
+    case = group_case(prompt, given["answer"] or defaults["answer"], given["group"] or 8, batch)
+    return [_with_answers(case, "--answer")]
 
 
 def _tree(text: str, batch: int) -> Case:
@@ -250,7 +257,14 @@ def _tree(text: str, batch: int) -> Case:
         ) from None
     if min(sizes) < 1 or sizes[2] > sizes[3]:
         raise click.BadParameter(f"{text!r}: numbers are at least 1, ranges ascend", param_hint="--tree")
-    return tree_case(*sizes, batch)
+    return _with_answers(tree_case(*sizes, batch), "--tree")
+
+
+def _with_answers(case: Case, option: str) -> Case:
+    """A row's first token is predicted by nothing."""
+    if case.fewest_tokens < 2:
+        raise click.BadParameter("rows need two tokens, one to predict the other", param_hint=option)
+    return case
 
 
 def _names(against: str) -> list[str]:
@@ -265,15 +279,21 @@ def _names(against: str) -> list[str]:
     return [name for name in CONTESTANTS if name in names or name == OURS]
 
 
+def _typed() -> list[click.Parameter]:
+    """The parameters that stand on the command line."""
+    context = click.get_current_context()
+    return [
+        parameter
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+
+
 def _command_line() -> str:
     """What the user typed."""
-    context = click.get_current_context()
     words = ["pgcompile", "bench"]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value: Any = context.params[name]
+    for parameter in _typed():
+        value: Any = click.get_current_context().params[parameter.name or ""]
         values: Sequence[Any] = value if isinstance(value, tuple) else (value,)
         flag = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
         words += [word for v in values for word in (*flag, str(v))]

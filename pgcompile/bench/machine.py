@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -21,12 +22,13 @@ PEAKS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-PACKAGES = ("pgcompile", "torch", "transformers", "triton", "trl", "prefix_grouper")
+PACKAGES = ("torch", "transformers", "triton", "trl", "prefix_grouper")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, processor, threads, Python and versions."""
-    versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    found = {name: _version(name) for name in PACKAGES}
+    versions = {"pgcompile": _own_version()} | {name: v for name, v in found.items() if v is not None}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
         "device": name, "processor": _processor(), "threads": torch.get_num_threads(),
@@ -45,11 +47,20 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        if package != "pgcompile":
-            return None
-    from .. import __version__
+        return None
 
-    return __version__
+
+def _own_version() -> str:
+    """With a digest of compiler and runtime: figures of another state of the sources aren't figures of this one."""
+    from .. import __version__, passes
+
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent.parent, Path(passes.__path__[0])):
+        for file in sorted(folder.rglob("*.py")):
+            place = file.relative_to(folder)
+            if place.parts[0] not in ("bench", "cli", "coverage", "passes"):  # the last is the other folder
+                digest.update(f"{place}\n".encode() + file.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:8]}"
 
 
 def _processor() -> str:

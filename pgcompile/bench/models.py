@@ -197,7 +197,7 @@ def _from_factory(name: str, layers: int | None) -> nn.Module:
     if layers is not None:
         raise click.BadParameter("a factory decides on its layers itself", param_hint="--layers")
     if os.getcwd() not in sys.path:  # the console script leaves it out
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

@@ -16,17 +16,15 @@ def draw(records: Sequence[Record], path: Path) -> None:
     """Draw what is made of groups with a prompt.
 
     Raises:
-        click.ClickException: if there is nothing to draw, or no matplotlib.
+        click.ClickException: if there is nothing to draw.
     """
     points = [(record, row) for record in records for row in record.rows if _is_drawn(record, row)]
     if not points:
         raise click.ClickException(
             "nothing to draw: no case with a prompt and answers of one length was measured"
         )
-    try:
-        import matplotlib
-    except ImportError:
-        raise click.ClickException('matplotlib is not installed; pip install "pgcompile[bench]"') from None
+    import matplotlib
+
     matplotlib.use("Agg")  # no display
     import matplotlib.pyplot as plt
 
