@@ -119,7 +119,7 @@ def prefix_grouper(model: Model, batch: Batch) -> Run:
 
     AttentionInterface.register(GROUPER, prefix_grouper_attention)
     twin: Any = model.twin(GROUPER).module
-    at, n = batch.prompt, len(batch.ids)
+    at = batch.prompt
     assert at is not None
     # rows of one group are neighbours and begin with the same token class
     sizes = batch.class_of[:, 0].unique_consecutive(return_counts=True)[1].tolist()
@@ -144,7 +144,7 @@ def prefix_grouper(model: Model, batch: Batch) -> Run:
         ).last_hidden_state
         _, _, suffix, _ = grouper.split_output(hidden, include_prefix_last=1)
         logits = twin.get_output_embeddings()(suffix[:, :-1]).float()
-        return logits.log_softmax(-1).gather(-1, answers[:n, :, None]).squeeze(-1)
+        return logits.log_softmax(-1).gather(-1, answers[:, :, None]).squeeze(-1)
 
     return call
 
