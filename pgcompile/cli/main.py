@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .. import __version__
+from ..bench.command import bench
 from ..coverage.command import coverage
 from .doctor import doctor
 from .run import Script, parse_options
@@ -56,6 +57,7 @@ def run(
     return Script(script, list(arguments), is_module, only, parse_options(pairs), report)
 
 
+commands.add_command(bench)
 commands.add_command(coverage)
 commands.add_command(doctor)
 

@@ -1,0 +1,135 @@
+"""Does a contestant compute what it should: log-probabilities and gradients against the same in higher precision.
+
+The truth is the dense model in eager, row by row, in the next precision (float32 for bfloat16 and float16, float64 for
+float32). How far eager itself is from it, in the measured precision and again row by row, is the yardstick: a
+contestant agrees if it is no further away than twice that. Both are relative L2 errors, of all answers'
+log-probabilities and of the gradient as a whole; a single parameter's gradient, whose error is a smaller sample, may be
+four times as far.
+
+With random weights attention is almost uniform, so that in bfloat16 a single key too many among thousands drowns in
+rounding. Such errors are for float32 (`--dtype fp32`), and for the project's tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cases import Batch
+from .models import Model, token_logprobs
+
+EPS = torch.finfo(torch.float32).eps  # in which log-probabilities are computed, and sums end
+# A gradient that is zero in exact arithmetic (a key bias's) is rounding noise: so much of eager's whole error is let
+# pass in each parameter.
+NOISE = 0.01
+WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Log-probabilities [N, K], zero where no answer is, and gradients by parameter, if there was a backward pass; in
+    host memory, where they don't take from what contestants need."""
+
+    logprobs: Tensor
+    gradients: Sequence[Tensor | None] = ()
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distances from the truth. `parts` is that of each parameter's gradient."""
+
+    logprobs: float
+    gradient: float
+    parts: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The truth, its norms, and eager's distance from it."""
+
+    truth: Outcome
+    norms: Errors
+    own: Errors
+
+    @classmethod
+    def of(cls, model: Model, batch: Batch, phase: str) -> Yardstick:
+        dtype = next(model.module.parameters()).dtype
+        truth = by_rows(model.wider(WIDER[dtype]), batch, phase, WIDER[dtype])
+        nothing = Outcome(
+            torch.zeros_like(truth.logprobs),
+            [None if g is None else torch.zeros(()) for g in truth.gradients],
+        )
+        return cls(
+            truth, distance(nothing, truth), distance(by_rows(model, batch, phase, WIDER[dtype]), truth)
+        )
+
+    def why_wrong(self, outcome: Outcome) -> tuple[str | None, dict[str, float]]:
+        """What is too far from the truth, if something is, and the errors as multiples of eager's."""
+        found = distance(outcome, self.truth)
+        ratios = {"logprobs": _ratio(found.logprobs, self.own.logprobs, self.norms.logprobs)}
+        if self.truth.gradients:
+            ratios["gradient"] = _ratio(found.gradient, self.own.gradient, self.norms.gradient)
+            noise = NOISE * self.own.gradient
+            parts = zip(found.parts, self.own.parts, self.norms.parts, strict=True)
+            ratios["parameter"] = max(_ratio(f - noise, o, n) for f, o, n in parts)
+        for name, ratio in ratios.items():
+            most = 4 if name == "parameter" else 2
+            if not ratio <= most:
+                what = {"parameter": "a parameter's gradient", "gradient": "the gradient"}.get(name, name)
+                return (
+                    f"{what}: {ratio:.3g} times as far from the truth as dense eager, {most} allowed",
+                    ratios,
+                )
+        return None, ratios
+
+
+def _ratio(error: float, own: float, norm: float) -> float:
+    """`error / own`, where less than a rounding of the result counts as that."""
+    return max(error, 0.0) / max(own, EPS / 2 * norm, torch.finfo(torch.float64).tiny)
+
+
+def by_rows(model: Model, batch: Batch, phase: str, wide: torch.dtype) -> Outcome:
+    """Dense in eager, a row at a time and without its padding; gradients are summed in the wider precision."""
+    parameters = list(model.module.parameters())
+    start = batch.ids.shape[1] - batch.answer_positions
+    logprobs = torch.zeros(batch.weights.shape, dtype=wide)
+    sums: list[Tensor | None] = [None] * len(parameters)
+    model.module.zero_grad(set_to_none=True)
+    for n, length in enumerate(batch.lengths.tolist()):
+        count = length - start
+        weights = batch.weights[n : n + 1, :count]
+        with torch.set_grad_enabled(phase == "step"):
+            values = token_logprobs(model, batch.ids[n : n + 1, :length], count)
+        logprobs[n, :count] = values.detach().masked_fill(weights == 0, 0).cpu()
+        if phase == "step":
+            (values * weights).sum().backward()
+            for i, parameter in enumerate(parameters):
+                if parameter.grad is not None:
+                    before, grad = sums[i], parameter.grad.to(wide)
+                    sums[i] = grad if before is None else before.add_(grad)
+                    parameter.grad = None
+    return Outcome(logprobs, [None if s is None else s.cpu() for s in sums] if phase == "step" else ())
+
+
+def distance(outcome: Outcome, truth: Outcome) -> Errors:
+    """L2 norms of the differences; infinite where a gradient is missing or something isn't finite."""
+    parts = []
+    for found, wanted in zip(outcome.gradients, truth.gradients, strict=True):
+        if found is None or wanted is None:  # no gradient is a gradient of zero
+            other = found if wanted is None else wanted
+            parts.append(0.0 if other is None or not other.any() else float("inf"))
+        else:
+            parts.append(_norm(found.to(wanted) - wanted))
+    return Errors(
+        _norm(outcome.logprobs.to(truth.logprobs) - truth.logprobs),
+        sum(p * p for p in parts) ** 0.5,
+        tuple(parts),
+    )
+
+
+def _norm(x: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return norm if norm == norm else float("inf")

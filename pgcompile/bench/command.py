@@ -1,0 +1,300 @@
+"""`pgcompile bench`: choose cases and contestants, measure, keep the records, show them."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import importlib.util
+import logging
+import shlex
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..cli.run import parse_options
+from ..files import write_atomically
+from .cases import GRIDS, Case, group_case, tree_case
+from .contestants import CONTESTANTS, OURS
+from .machine import describe, keep_freed_memory
+from .measure import measure
+from .models import SIZES, build_model, count_work
+from .page import page, read_notes
+from .plot import draw
+from .results import Record, read, write
+from .table import reasons, terminal_tables
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CASES_ARE_LEFT = 3  # the exit code
+# The model, the shape and the dtype that suit a device.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": dict(model="qwen3-0.6b", dtype="bf16", prompt=4096, answer=512),
+    "cpu": dict(model="tiny-cpu", dtype="fp32", prompt=512, answer=64),
+}
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+
+
+@dataclass
+class _Plan:
+    """What a command line asks for."""
+
+    cases: list[Case]
+    names: list[str]
+    settings: dict[str, Any]
+    options: dict[str, Any]
+    machine: dict[str, Any]
+
+
+@click.command()
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help=f"{', '.join(SIZES)}, a path to a config.json, or module:factory. Default: qwen3-0.6b, on CPU tiny-cpu.",
+)
+@click.option("--layers", type=_POSITIVE, help="Keep only so many layers of the model.")
+@click.option("--dtype", type=click.Choice([*DTYPES]), help="Default: bf16, on CPU fp32.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if there is one.")
+@click.option("--prompt", type=click.IntRange(min=0), help="Tokens of a prompt. Default: 4096, on CPU 512.")
+@click.option("--answer", type=_POSITIVE, help="Tokens of an answer. Default: 512, on CPU 64.")
+@click.option("--group", type=_POSITIVE, help="Answers to a prompt. Default: 8.")
+@click.option("--batch", type=_POSITIVE, help="Prompts, or trees. Default: 1.")
+@click.option(
+    "--tree", metavar="DEPTH,BRANCH,TURN",
+    help="Instead of groups all dialogues of a tree: turns of a dialogue, continuations of each turn, and tokens of a "
+    "turn (or a range, as in 4,3,200-800).",
+)  # fmt: skip
+@click.option(
+    "--grid", type=click.Choice([*GRIDS]), help="Many cases instead of one; docs/api.md says which."
+)
+@click.option(
+    "--phase",
+    type=click.Choice(["step", "forward"]),
+    default="step",
+    show_default=True,
+    help="What is timed.",
+)
+@click.option(
+    "--against", metavar="NAMES", default="dense,dense-compiled",
+    help=f"Whom to measure besides pgcompile, comma-separated: {', '.join(n for n in CONTESTANTS if n != OURS)}. "
+    "Default: dense,dense-compiled.",
+)  # fmt: skip
+@click.option(
+    "--options", "pairs", metavar="KEY=VALUE", multiple=True,
+    help="An option of the backend, see pgcompile.Options; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--repeats", type=_POSITIVE, default=5, show_default=True, help="Timed steps of each contestant."
+)
+@click.option(
+    "--budget-seconds",
+    type=click.FloatRange(min=0),
+    help="Start no case after so long; exit with 3 if some are left.",
+)
+@click.option(
+    "--json", "json_file", type=_FILE, help="Keep records here; cases that it has aren't measured again."
+)
+@click.option("--plot", "picture", type=_FILE, help="Draw speed-up and memory over P/R.")
+@click.option("--markdown", "page_file", type=_FILE, help="Write the records as a page.")
+@click.option(
+    "--notes", type=_FILE, help="With --markdown, a TOML file that says why a case is below 95% of the ideal."
+)
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def bench(**given: Any) -> None:
+    """Time a training step: packed by pgcompile, dense, and as others share prefixes.
+
+    Weights are random and nothing is downloaded. With FILES, which --json wrote, nothing is measured: their records are
+    shown, and drawn or written as a page.
+
+    Exits with 1 if pgcompile computes something else than the dense model, with 3 if cases are left.
+    """
+    files: tuple[Path, ...] = given["files"]
+    to_measure = [p.opts[0] for p in _typed() if p.name not in ("files", "picture", "page_file", "notes")]
+    if files and to_measure:
+        raise click.UsageError(f"with FILES nothing is measured; leave out {to_measure[0]}")
+    for file in (given["json_file"], given["picture"], given["page_file"]):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise click.UsageError(f"there is no folder {file.parent}")
+    if given["notes"] is not None and given["page_file"] is None:
+        raise click.UsageError("--notes needs --markdown, the page that they go into")
+    if given["picture"] is not None and importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException('matplotlib is not installed; pip install "pgcompile[bench]"')
+    notes = read_notes(given["notes"]) if given["notes"] is not None else {}
+    console = Console(highlight=False)
+    code = 0
+    if files:
+        records = [record for file in files for record in read(file)]
+    else:
+        records, code = _measure_all(_plan(given), given, console)
+    if records:
+        for table in terminal_tables(records, console.width):
+            console.print(table)
+        if given["page_file"] is not None:
+            write_atomically(given["page_file"], page(records, notes, _command_line()))
+        if given["picture"] is not None:
+            draw(records, given["picture"])
+    if code == 0 and any(row.name == OURS and row.status == "wrong" for r in records for row in r.rows):
+        code = 1
+    raise SystemExit(code)
+
+
+def _measure_all(plan: _Plan, given: dict[str, Any], console: Console) -> tuple[list[Record], int]:
+    """The records of the plan's cases, those in the file among them, and the exit code."""
+    file: Path | None = given["json_file"]
+    known = read(file) if file is not None else []
+    found = [(c, r) for c in plan.cases for r in known if r.has(c, plan.names, plan.settings, plan.machine)]
+    kept = {case.name: record for case, record in found}
+    left = [case for case in plan.cases if case.name not in kept]
+    why, code = "the budget is spent", CASES_ARE_LEFT
+    try:
+        for case, record in _measured(left, plan, given, console) if left else ():
+            kept[case.name] = record
+            if file is not None:
+                known = [r for r in known if not r.has(case, (), plan.settings, plan.machine)] + [record]
+                write(file, known)
+    except KeyboardInterrupt:
+        why, code = "interrupted", 130
+    missing = len(plan.cases) - len(kept)
+    if missing:
+        where = f"; the same command goes on, {file} has the others" if file is not None else ""
+        console.print(f"{why}: {missing} case{'s' * (missing > 1)} left{where}", soft_wrap=True)
+    return [kept[case.name] for case in plan.cases if case.name in kept], code if missing else 0
+
+
+def _measured(
+    cases: Sequence[Case], plan: _Plan, given: dict[str, Any], console: Console
+) -> Iterator[tuple[Case, Record]]:
+    """Measure one after the other, until the budget is spent."""
+    started = time.monotonic()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")  # of models, inductor and the profiler
+    device = torch.device(given["device"])
+    if device.type == "cpu":
+        keep_freed_memory()
+    longest = max(case.most_tokens for case in plan.cases)
+    model = build_model(given["model"], given["layers"], longest, DTYPES[given["dtype"]], device)
+    work = count_work(model)
+    chosen = {name: CONTESTANTS[name] for name in plan.names}
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[number]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        # by tokens, which says more about the time left than the number of cases
+        task = progress.add_task(
+            "", total=sum(case.most_rows * case.most_tokens for case in cases), number=""
+        )
+        for number, case in enumerate(cases, 1):
+            if given["budget_seconds"] is not None and time.monotonic() - started > given["budget_seconds"]:
+                return
+
+            def tell(text: str, name: str = case.name, number: int = number) -> None:
+                progress.update(task, description=f"{name}: {text}", number=f"{number}/{len(cases)}")
+
+            record = measure(
+                case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options, tell
+            )
+            record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
+            record.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            for line in reasons(record):
+                console.print(f"{case.name}: {line}", markup=False, soft_wrap=True)
+            progress.advance(task, case.most_rows * case.most_tokens)
+            yield case, record
+
+
+def _plan(given: dict[str, Any]) -> _Plan:
+    """Fill in defaults, and refuse what doesn't fit together."""
+    if given["device"] is None:
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    elif given["device"] == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("there is no CUDA device", param_hint="--device")
+    defaults = DEFAULTS[given["device"]]
+    cases = _cases(given, defaults)
+    for name in ("model", "dtype"):
+        given[name] = given[name] or defaults[name]
+    options = parse_options(given["pairs"])
+    names = _names(given["against"])
+    settings = {name: given[name] for name in ("model", "layers", "dtype", "phase", "repeats")}
+    settings["options"] = sorted(given["pairs"])
+    machine = describe(torch.device(given["device"]))
+    return _Plan(cases, names, settings, vars(options), machine)
+
+
+def _cases(given: dict[str, Any], defaults: dict[str, Any]) -> list[Case]:
+    shape = [name for name in ("prompt", "answer", "group", "batch", "tree") if given[name] is not None]
+    if given["grid"] is not None:
+        if shape:
+            raise click.UsageError(f"--grid has shapes of its own; leave out --{shape[0]}")
+        return GRIDS[given["grid"]]
+    batch = given["batch"] or 1
+    if given["tree"] is not None:
+        if set(shape) - {"tree", "batch"}:
+            raise click.UsageError("--tree replaces --prompt, --answer and --group")
+        return [_tree(given["tree"], batch)]
+    prompt = defaults["prompt"] if given["prompt"] is None else given["prompt"]
+    case = group_case(prompt, given["answer"] or defaults["answer"], given["group"] or 8, batch)
+    return [_with_answers(case, "--answer")]
+
+
+def _tree(text: str, batch: int) -> Case:
+    try:
+        depth, branch, turn = text.split(",")
+        fewest, _, most = turn.partition("-")
+        sizes = int(depth), int(branch), int(fewest), int(most or fewest)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} isn't DEPTH,BRANCH,TURN, as in 4,3,200-800", param_hint="--tree"
+        ) from None
+    if min(sizes) < 1 or sizes[2] > sizes[3]:
+        raise click.BadParameter(f"{text!r}: numbers are at least 1, ranges ascend", param_hint="--tree")
+    return _with_answers(tree_case(*sizes, batch), "--tree")
+
+
+def _with_answers(case: Case, option: str) -> Case:
+    """A row's first token is predicted by nothing."""
+    if case.fewest_tokens < 2:
+        raise click.BadParameter("rows need two tokens, one to predict the other", param_hint=option)
+    return case
+
+
+def _names(against: str) -> list[str]:
+    """Contestants in the order they are measured; pgcompile is always one."""
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    for name in names:
+        if name not in CONTESTANTS:
+            near = difflib.get_close_matches(name, CONTESTANTS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            text = f"{name!r} is none of {', '.join(CONTESTANTS)}{hint}"
+            raise click.BadParameter(text, param_hint="--against")
+    return [name for name in CONTESTANTS if name in names or name == OURS]
+
+
+def _typed() -> list[click.Parameter]:
+    """The parameters that stand on the command line."""
+    context = click.get_current_context()
+    return [
+        parameter
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+
+
+def _command_line() -> str:
+    """What the user typed."""
+    words = ["pgcompile", "bench"]
+    for parameter in _typed():
+        value: Any = click.get_current_context().params[parameter.name or ""]
+        values: Sequence[Any] = value if isinstance(value, tuple) else (value,)
+        flag = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
+        words += [word for v in values for word in (*flag, str(v))]
+    return shlex.join(words)

@@ -1,0 +1,122 @@
+"""The machine and what is installed on it: what figures depend on besides the code."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# bfloat16 without sparsity, operations per second, from NVIDIA's data sheets; a name that contains another comes first.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+PACKAGES = ("torch", "transformers", "triton", "trl", "prefix_grouper")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, processor, threads, Python and versions."""
+    found = {name: _version(name) for name in PACKAGES}
+    versions = {"pgcompile": _own_version()} | {name: v for name, v in found.items() if v is not None}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {
+        "device": name, "processor": _processor(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "versions": versions,
+    }  # fmt: skip
+
+
+def peak_rate(device_name: str, dtype: str) -> float | None:
+    """Operations per second that the device could do, where that is known."""
+    if dtype not in ("bf16", "fp16"):
+        return None
+    return next((rate for name, rate in PEAKS.items() if name in device_name), None)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _own_version() -> str:
+    """With a digest of compiler and runtime: figures of another state of the sources aren't figures of this one."""
+    from .. import __version__, passes
+
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent.parent, Path(passes.__path__[0])):
+        for file in sorted(folder.rglob("*.py")):
+            place = file.relative_to(folder)
+            if place.parts[0] not in ("bench", "cli", "coverage", "passes"):  # the last is the other folder
+                digest.update(f"{place}\n".encode() + file.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:8]}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks instead of handing them back to the kernel.
+
+    Else a dense step on a CPU, whose tensors are large, spends up to a third of its time on page faults, which would
+    count as ours.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
+def peak_memory(device: torch.device, step: Callable[[], object]) -> int:
+    """Bytes that a step needs above what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # else it prints a line when it starts and one when it stops
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    results = profile.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    level = highest = 0
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        level += change
+        highest = max(highest, level)
+    return highest
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the device, or of the host, whose allocator raises a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

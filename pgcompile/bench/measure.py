@@ -1,0 +1,186 @@
+"""One case: check all contestants, then time them in turns."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..report import BatchReport, GraphReport
+from ..stats import stats
+from .agreement import Outcome, Yardstick
+from .cases import Batch, Case, build
+from .contestants import Contestant, Run, Setup
+from .machine import is_out_of_memory, peak_memory, synchronize
+from .models import Model, Work
+from .results import Record, Row
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class _Runner:
+    """A contestant at work."""
+
+    row: Row
+    setup: Setup
+    run: Run | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.row.status == "measured"
+
+
+def measure(
+    case: Case, model: Model, work: Work, chosen: Mapping[str, Contestant], phase: str, repeats: int,
+    options: Mapping[str, Any], tell: Tell = lambda text: None,
+) -> Record:  # fmt: skip
+    """Measure one case.
+
+    Args:
+        work: what `count_work` counted.
+        chosen: contestants by name.
+        phase: "step" (forward and backward) or "forward", unless the case has its own.
+        options: of the pgcompile backend.
+        tell: gets a word about what is being done.
+    """
+    torch._dynamo.reset()  # so that each case is compiled for itself, as a job with batches of this shape would
+    device = next(model.module.parameters()).device
+    phase = case.phase or phase
+    batch = build(case, model.vocab_size).to(device)
+    record = Record.of(case, batch, work, phase)
+    runners = []
+    for name, contestant in chosen.items():
+        row = Row(name, is_dense=contestant.is_dense)
+        runner = _Runner(row, Setup(model, batch, case.masked, phase, options))
+        record.rows.append(row)
+        runners.append(runner)
+        with _judged(row):
+            row.reason = contestant.why_not(runner.setup) or ""
+            if row.reason:
+                row.status = "unavailable"
+            else:
+                runner.run = contestant.prepare(runner.setup)
+    _check(runners, model, batch, phase, tell)
+    for runner in runners:
+        if runner.is_running:
+            tell(f"{runner.row.name}, memory")
+            with _judged(runner.row):
+                _clear(model)
+                runner.row.peak_bytes = peak_memory(device, functools.partial(_step, runner, phase))
+    for repeat in range(repeats):
+        for runner in runners:
+            if runner.is_running:
+                tell(f"{runner.row.name}, {repeat + 1} of {repeats}")
+                with _judged(runner.row):
+                    before = stats().plan_seconds
+                    runner.row.seconds.append(_timed(runner, model, phase)[0])
+                    runner.row.planning_seconds.append(stats().plan_seconds - before)
+    _clear(model)
+    for runner in runners:
+        _take_reports(runner)
+    return record
+
+
+def _check(runners: list[_Runner], model: Model, batch: Batch, phase: str, tell: Tell) -> None:
+    """Each contestant's first call, compared with the truth."""
+    if not any(runner.is_running for runner in runners):
+        return
+    tell("the truth, row by row")
+    yardstick = None
+    try:
+        yardstick = Yardstick.of(model, batch, phase)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    _free()
+    if yardstick is None:
+        for runner in runners:
+            if runner.is_running:
+                runner.row.status, runner.row.reason = "out of memory", "computing what to compare with"
+        return
+    for runner in runners:
+        if runner.is_running:
+            tell(f"{runner.row.name}, first call")
+            with _judged(runner.row):
+                runner.row.first_seconds, outcome = _first_call(runner, model, phase)
+                reason, runner.row.errors = yardstick.why_wrong(outcome)
+                if reason is not None:
+                    runner.row.status, runner.row.reason = "wrong", reason
+
+
+def _first_call(runner: _Runner, model: Model, phase: str) -> tuple[float, Outcome]:
+    """Its seconds, and what came out."""
+    seconds, logprobs = _timed(runner, model, phase)
+    logprobs = logprobs.detach().masked_fill(runner.setup.batch.weights == 0, 0)
+    gradients = [p.grad for p in model.module.parameters()] if phase == "step" else []
+    return seconds, Outcome(logprobs.cpu(), [None if g is None else g.cpu() for g in gradients])
+
+
+def _timed(runner: _Runner, model: Model, phase: str) -> tuple[float, Tensor]:
+    """A step: seconds, and log-probabilities. Gradients are dropped before it, the optimizer isn't part of it."""
+    device = runner.setup.batch.ids.device
+    _clear(model)
+    synchronize(device)
+    started = time.perf_counter()
+    logprobs = _step(runner, phase)
+    synchronize(device)
+    return time.perf_counter() - started, logprobs
+
+
+def _step(runner: _Runner, phase: str) -> Tensor:
+    assert runner.run is not None
+    if phase == "forward":
+        with torch.no_grad():
+            return runner.run()
+    logprobs = runner.run()
+    (logprobs * runner.setup.batch.weights).sum().backward()
+    return logprobs
+
+
+def _clear(model: Model) -> None:
+    model.module.zero_grad(set_to_none=True)
+
+
+def _free() -> None:
+    """Give back what the truth's model, or an exception's frames, held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _judged(row: Row) -> Iterator[None]:
+    """What a contestant raises becomes its status; others go on."""
+    try:
+        yield
+    except Exception as error:  # whatever somebody else's code may raise
+        text = next(iter(str(error).strip().splitlines()), "")
+        row.status = "out of memory" if is_out_of_memory(error) else "error"
+        row.reason = f"{type(error).__name__}: {text}"[:300]
+        row.seconds = []
+    if row.status != "measured":
+        _free()
+
+
+def _take_reports(runner: _Runner) -> None:
+    """What pgcompile says about its last batch, and about graphs that it left alone."""
+    batches = [r for r in runner.setup.reports if isinstance(r, BatchReport)]
+    graphs = [r for r in runner.setup.reports if isinstance(r, GraphReport)]
+    if batches:
+        last = batches[-1]
+        runner.row.packing = {
+            "decision": last.decision, "tokens": last.packed_tokens, "segments": last.segments, "depth": last.depth,
+            "saving": last.saving, "head_chunks": last.head_chunks,
+            "engines": list(dict.fromkeys(a.engine for g in graphs for a in g.attention)),
+        }  # fmt: skip
+    elif graphs:
+        reasons = [str(reason) for g in graphs for reason in g.fallbacks]
+        runner.row.packing = {"decision": "eager", "why": reasons[:3]}

@@ -1,0 +1,109 @@
+"""Records as docs/performance.md."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .contestants import OURS
+from .results import Record
+from .table import name_of, reasons, used_columns
+
+ENOUGH = 0.95  # of the ideal; what is below is explained, or said not to be
+
+PAGE = """# Performance
+
+Written by `{command}`.
+
+A step is the forward and backward pass of a loss over the answers' log-probabilities, each times its row's advantage;
+logits are computed for the answers only, and the optimizer isn't included. Weights are random. Contestants take turns
+in one process, after each has been checked: its log-probabilities and gradients are no further from those of the dense
+model in higher precision than twice what dense eager is. What differs more gets no figure.
+
+*speed-up*: over the faster of dense eager and dense inductor, both on SDPA's causal fast path and without a mask.
+*ideal*: the operations of the dense batch (linear layers by tokens, logits by predictions, attention by query-key
+pairs) over those of its distinct tokens. *efficiency*: speed-up over ideal. *peak memory*: above what was allocated
+before the step; *of dense*: of the leaner dense contestant's. *MFU*: operations of what the contestant computes
+(distinct tokens, unless it is dense) over what the device could do in that time. *compile*: the first call less the
+median of the others. *planning*: share of pgcompile's step in which it finds what is shared; it is part of the step.
+"""
+
+
+def page(records: Sequence[Record], notes: Mapping[str, str], command: str) -> str:
+    """A section for each machine, model and setting.
+
+    Args:
+        notes: by case, why its efficiency is below 95%; "*" is for all others.
+        command: that writes the page.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(repr((record.machine, record.settings)), []).append(record)
+    sections = [_section(group, notes) for group in groups.values()]
+    return "\n".join([PAGE.format(command=command), *sections])
+
+
+def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
+    machine, settings = records[0].machine, records[0].settings
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    where = (
+        machine["processor"]
+        if machine["device"] == "CPU"
+        else f"{machine['device']} ({machine['processor']})"
+    )
+    layers = f", {settings['layers']} layers" if settings.get("layers") else ""
+    dates = sorted({record.date[:10] for record in records})
+    commands = list(dict.fromkeys(record.command for record in records))
+    lines = [
+        f"## {settings['model']}{layers}, {settings['dtype']}, {machine['device']}", "",
+        f"{where}, {machine['threads']} threads, Python {machine['python']}, {versions}; "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {settings['repeats']} timed steps of each.", "",
+        "```sh", *commands, "```", "",
+    ]  # fmt: skip
+    columns = used_columns(records)
+    lines += [_line(["", *columns]), "|---|" + "---:|" * len(columns)]
+    for record in records:
+        lines.append(_line([f"**{name_of(record)}**", *[""] * len(columns)]))
+        for row in record.rows:
+            if row.status in ("measured", "wrong", "out of memory", "error"):
+                label = row.name if row.status == "measured" else f"{row.name}: {row.status}"
+                lines.append(_line([label, *(cell(record, row) for cell in columns.values())]))
+    missing = list(dict.fromkeys(reason for record in records for reason in reasons(record)))
+    lines += ["", "Without figures:", "", *(f"- {reason}" for reason in missing)] if missing else []
+    below = [_below(record, notes) for record in records]
+    explained = [text for text in below if text is not None]
+    lines += ["", "Below 95% of the ideal:", "", *explained] if explained else []
+    return "\n".join([*lines, ""])
+
+
+def _below(record: Record, notes: Mapping[str, str]) -> str | None:
+    row = next((row for row in record.rows if row.name == OURS), None)
+    efficiency = None if row is None else record.efficiency(row)
+    if efficiency is None or efficiency >= ENOUGH:
+        return None
+    why = notes.get(record.name, notes.get("*", "not explained yet"))
+    return f"- {record.name}, {efficiency:.0%}: {why}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """A TOML file with a table `notes` of texts by case.
+
+    Raises:
+        click.ClickException: if it isn't that.
+    """
+    try:
+        found: Any = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise click.ClickException(f"{path}: {error}") from None
+    notes = found.get("notes")
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise click.ClickException(f"{path} has no table [notes] of texts by case")
+    return notes

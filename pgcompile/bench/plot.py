@@ -1,0 +1,74 @@
+"""Speed-up and memory over P/R, a line for each group size and a panel for each length of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .contestants import OURS
+from .results import Record, Row
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Draw what is made of groups with a prompt.
+
+    Raises:
+        click.ClickException: if there is nothing to draw.
+    """
+    points = [(record, row) for record in records for row in record.rows if _is_drawn(record, row)]
+    if not points:
+        raise click.ClickException(
+            "nothing to draw: no case with a prompt and answers of one length was measured"
+        )
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display
+    import matplotlib.pyplot as plt
+
+    prompts = sorted({record.case["prompt"] for record, _ in points})
+    groups = sorted({record.case["group"] for record, _ in points})
+    figure, panels = plt.subplots(
+        2, len(prompts), figsize=(1 + 3.6 * len(prompts), 6.4), sharex=True, sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    colors = plt.get_cmap("viridis")
+    for column, prompt in enumerate(prompts):
+        speed, memory = panels[:, column]
+        for i, group in enumerate(groups):
+            line = sorted(
+                (
+                    (record.case["prompt"] / record.case["answer"], record, row)
+                    for record, row in points
+                    if (record.case["prompt"], record.case["group"]) == (prompt, group)
+                ),
+                key=lambda point: point[0],
+            )
+            style: dict[str, Any] = dict(color=colors(i / max(len(groups), 2)))
+            ratio = [x for x, _, _ in line]
+            speed.plot(ratio, [r.speedup(row) for _, r, row in line], "o-", label=f"G = {group}", **style)
+            speed.plot(ratio, [r.ideal for _, r, _ in line], "--", linewidth=1, **style)
+            memory.plot(ratio, [r.memory_ratio(row) for _, r, row in line], "o-", **style)
+        speed.set(title=f"P = {prompt}", xscale="log", yscale="log")
+        memory.set(xlabel="P / R", ylim=(0, None))
+        ticks = sorted({r.case["prompt"] // r.case["answer"] for r, _ in points})
+        speed.set_xticks(ticks, ticks)
+        speed.minorticks_off()
+    heights = [1, 1.5, 2, 3, 4, 6, 8, 12, 16]
+    panels[0, 0].set_yticks(heights, heights)
+    panels[0, 0].set(ylabel="speed-up; dashed: ideal")
+    panels[1, 0].set(ylabel="peak memory, share of dense")
+    panels[0, 0].legend(frameon=False)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _is_drawn(record: Record, row: Row) -> bool:
+    case = record.case
+    shape = case["prompt"] and case["answer"] and case["shortest"] is None and case["tree"] is None
+    return bool(shape) and row.name == OURS and record.speedup(row) is not None

@@ -1,0 +1,614 @@
+"""`pgcompile bench`: what a case is, what is counted, who is refused, and what is kept."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+pytest.importorskip("transformers")
+from pgcompile.bench import command, contestants, machine, measure, peers
+from pgcompile.bench.agreement import Yardstick, by_rows
+from pgcompile.bench.cases import GRIDS, Case, build, group_case, tree_case
+from pgcompile.bench.contestants import CONTESTANTS, Contestant, Setup
+from pgcompile.bench.models import SIZES, Work, build_model, count_work, token_logprobs
+from pgcompile.bench.page import page
+from pgcompile.bench.results import Record, Row, read
+from pgcompile.cli.main import commands
+
+CPU = torch.device("cpu")
+WIDTH, LAYERS, HEADS, SIZE, VOCABULARY = 64, 2, 4, 16, 257
+CONFIG = dict(
+    model_type="qwen3",
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    intermediate_size=96,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=2,
+    head_dim=SIZE,
+)
+SHAPES = [
+    group_case(24, 8, 4),
+    group_case(20, 4, 2, batch=3),
+    tree_case(3, 2, 5, 5),
+    tree_case(3, 3, 2, 9, batch=2),
+    Case("ragged", 24, 12, 5, shortest=3, masked=True),
+    Case("nothing shared", answer=20, group=4),
+    Case("nothing shared, padded", answer=20, group=4, shortest=4, masked=True),
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return build_model(config, None, 64, torch.float32, CPU)
+
+
+# -- cases -----------------------------------------------------------------------------------------------------------
+
+
+def prefixes(batch):
+    """The rows' prefixes, one by one: what distinct tokens are."""
+    rows = [row[:length].tolist() for row, length in zip(batch.ids, batch.lengths)]
+    return [[tuple(row[: end + 1]) for end in range(len(row))] for row in rows]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_tokens_pairs_and_predictions_by_brute_force(case):
+    batch = build(case, VOCABULARY)
+    rows = prefixes(batch)
+    distinct = {prefix for row in rows for prefix in row}
+    n, s = batch.ids.shape
+    assert (n, s) <= (case.most_rows, case.most_tokens)
+    assert batch.tokens == {"dense": n * s, "valid": sum(map(len, rows)), "distinct": len(distinct)}
+    assert batch.pairs == {
+        "dense": n * sum(range(1, s + 1)),
+        "valid": sum(len(prefix) for row in rows for prefix in row),
+        "distinct": sum(map(len, distinct)),
+    }
+    starts = [len(row) - int((w != 0).sum()) for row, w in zip(rows, batch.weights)]
+    predicting = [row[start - 1 : -1] for row, start in zip(rows, starts)]
+    assert batch.predictions == {
+        "dense": n * (s - min(starts)),
+        "valid": sum(map(len, predicting)),
+        "distinct": len({prefix for row in predicting for prefix in row}),
+    }
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_classes_are_prefixes_in_depth_first_order(case):
+    batch = build(case, VOCABULARY)
+    number = {}
+    for row, classes in zip(prefixes(batch), batch.class_of.tolist()):
+        for prefix, found in zip(row, classes):
+            assert number.setdefault(prefix, found) == found
+    assert sorted(number.values()) == list(range(len(number)))
+    ends = peers.subtree_ends(batch).tolist()
+    for prefix, k in number.items():
+        below = {number[other] for other in number if other[: len(prefix)] == prefix}
+        assert below == set(range(k, ends[k]))
+
+
+def test_answers_count_as_often_as_rows_have_them():
+    batch = build(SHAPES[4], VOCABULARY)
+    per_row = batch.weights * (batch.weights != 0).sum()
+    for row, length in zip(per_row, batch.lengths.tolist()):
+        assert (row != 0).tolist() == [24 + k < length for k in range(batch.answer_positions)]
+        assert len(row[row != 0].unique()) == 1
+    assert batch.lengths.min() < batch.lengths.max()
+
+
+def test_grids_name_each_case_once():
+    for grid in GRIDS.values():
+        assert len({case.name for case in grid}) == len(grid)
+    assert len(GRIDS["paper"]) == len(GRIDS["cpu"]) == 3 * 6 * 4
+    assert {(c.prompt // c.answer, c.prompt) for c in GRIDS["cpu"]} == {
+        (ratio, prompt) for ratio in (1, 2, 4, 8, 16, 32) for prompt in (512, 1024, 2048)
+    }
+    assert all(case.published for case in GRIDS["published"])
+
+
+# -- work ------------------------------------------------------------------------------------------------------------
+
+
+def test_work_is_what_the_shapes_say(model):
+    work = count_work(model)
+    kv = 2 * SIZE
+    layer = WIDTH * (2 * HEADS * SIZE + 2 * kv) + 3 * WIDTH * 96
+    assert work.per_pair == LAYERS * HEADS * 2 * SIZE
+    assert work.per_prediction == WIDTH * VOCABULARY
+    rotary = SIZE // 2  # transformers multiplies positions and frequencies as matrices
+    assert work.per_token - LAYERS * layer in (0, rotary)
+
+
+def test_ideal_is_the_ratio_of_counted_work():
+    work = Work(per_token=100, per_pair=7, per_prediction=30)
+    record = Record.of(group_case(6, 2, 3), build(group_case(6, 2, 3), VOCABULARY), work, "step")
+    dense = 100 * 3 * 8 + 7 * 3 * 36 + 30 * 3 * 2
+    distinct = 100 * (6 + 3 * 2) + 7 * (21 + 3 * (7 + 8)) + 30 * (1 + 3)
+    assert record.ideal == dense / distinct
+    assert record.operations["dense"] == 6 * dense
+    assert Record.of(group_case(6, 2, 3), build(group_case(6, 2, 3), VOCABULARY), work, "forward").operations[
+        "distinct"
+    ] == (2 * distinct)
+
+
+def test_figures_of_a_record():
+    record = Record({"name": "a"}, "step", {}, {"dense": 800, "valid": 800, "distinct": 200})
+    fast, slow = Row("dense-compiled", is_dense=True), Row("dense", is_dense=True)
+    ours = Row("pgcompile", seconds=[1.0, 1.0, 3.0], first_seconds=5.0, planning_seconds=[0.1, 0.1, 0.2])
+    fast.seconds, slow.seconds, fast.peak_bytes, slow.peak_bytes, ours.peak_bytes = [3.0], [9.0], 100, 50, 20
+    record.rows = [slow, fast, ours]
+    assert record.baseline is fast and record.speedup(ours) == 3 and record.efficiency(ours) == 0.75
+    assert record.memory_ratio(ours) == 0.4 and ours.compile_seconds == 4 and ours.planning_share == 0.1
+    assert record.utilization(ours, 400) == 0.5 and record.utilization(fast, 400) == pytest.approx(2 / 3)
+    slow.status = fast.status = "out of memory"
+    assert record.speedup(ours) is record.efficiency(ours) is record.memory_ratio(ours) is None
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_those_of_the_models():
+    """Parameters as published, embeddings included."""
+    expected = {
+        "qwen3-0.6b": 596e6,
+        "qwen3-4b": 4.02e9,
+        "qwen3-8b": 8.19e9,
+        "llama-3.2-1b": 1.236e9,
+        "gpt2": 124e6,
+    }
+    assert set(expected) < set(SIZES)
+    for name, count in expected.items():
+        with torch.device("meta"):
+            module = build_model(name, None, 16, torch.bfloat16, torch.device("meta")).module
+        assert sum(p.numel() for p in module.parameters()) == pytest.approx(count, rel=0.01), name
+
+
+def test_layers_are_cut(config):
+    assert len(build_model(config, 1, 64, torch.float32, CPU).module.model.layers) == 1
+    gpt2 = build_model("gpt2", 1, 2048, torch.bfloat16, torch.device("meta")).module
+    assert len(gpt2.transformer.h) == 1 and gpt2.transformer.wpe.num_embeddings == 2048
+
+
+def test_dense_attention_takes_the_causal_path(model, monkeypatch):
+    """Without a mask tensor, compiled too; with padding the mask is there."""
+    seen = []
+    original = nn.functional.scaled_dot_product_attention
+    batch = build(SHAPES[4], VOCABULARY)
+
+    def record(gm, inputs):
+        seen.extend(
+            (node.kwargs.get("attn_mask"), node.kwargs["is_causal"])
+            for node in gm.graph.nodes
+            if node.target is original
+        )
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(token_logprobs, backend=record)(model, batch.ids, 4)
+    assert seen == [(None, True)] * LAYERS
+    seen.clear()
+    torch.compile(token_logprobs, backend=record)(model, batch.ids, 4, attention_mask=batch.mask.long())
+    assert [mask is None for mask, _ in seen] == [False] * LAYERS
+
+
+def test_twins_share_parameters(model):
+    twin = model.twin("eager").module
+    assert twin is not model.module and twin.config._attn_implementation == "eager"
+    assert all(a is b for a, b in zip(twin.parameters(), model.module.parameters()))
+    assert model.module.config._attn_implementation == "causal_sdpa"
+
+
+class Plain(nn.Module):
+    """A model of one's own: ids [N, S] → logits [N, S, 64], and takes nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(64, 32), nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
+        return self.head(x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
+def test_a_model_of_ones_own():
+    name = f"{__name__}:Plain"
+    own = build_model(name, None, 64, torch.float32, CPU)
+    assert count_work(own) == Work(32 * 96 + 32 * 64, 2 * 32, 0)
+    result = run("--device", "cpu", "--model", name, *SMALL, "--against", "dense,prefix-grouper,flex-tree")
+    assert result.exit_code == 0 and "needs a transformers model" in result.output
+    assert "--layers" in run("--device", "cpu", "--model", name, "--layers", 1).output
+
+
+# -- contestants -----------------------------------------------------------------------------------------------------
+
+
+def setup(model, case, phase="step"):
+    return Setup(model, build(case, VOCABULARY), case.masked, phase, {"inner": "eager", "min_saving": 0})
+
+
+def why_wrong(model, case, run_of):
+    """The judgement of a contestant in float32."""
+    made = setup(model, case)
+    yardstick = Yardstick.of(model, made.batch, "step")
+    runner = measure._Runner(Row(""), made, run_of(made))
+    return yardstick.why_wrong(measure._first_call(runner, model, "step")[1])
+
+
+@pytest.mark.parametrize("case", [SHAPES[i] for i in (0, 3, 4, 6)], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["dense", "pgcompile"])
+def test_ours_agree(model, case, name):
+    reason, ratios = why_wrong(model, case, CONTESTANTS[name].prepare)
+    assert reason is None and ratios.keys() == {"logprobs", "gradient", "parameter"}
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_prefix_grouper_agrees_or_says_why_not(model, case):
+    pytest.importorskip("prefix_grouper")
+    why = CONTESTANTS["prefix-grouper"].why_not(setup(model, case))
+    if case.tree or not case.prompt:
+        assert why in ("shares one prompt per group, not a tree", "needs a prompt")
+    else:
+        assert why is None and why_wrong(model, case, CONTESTANTS["prefix-grouper"].prepare)[0] is None
+
+
+def visible(block_mask):
+    """bool [T, T] of a block mask."""
+    t = block_mask.seq_lengths[0]
+    return block_mask.mask_mod(0, 0, torch.arange(t)[:, None], torch.arange(t)[None, :])
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_flex_tree_agrees_with_its_kernel_replaced(model, case, monkeypatch):
+    """FlexAttention has no backward pass on CPU: plain attention under its mask stands in."""
+    import torch.nn.attention.flex_attention as flex
+
+    def attend(query, key, value, block_mask, scale, enable_gqa):
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, visible(block_mask), scale=scale, enable_gqa=enable_gqa
+        )
+
+    monkeypatch.setattr(flex, "flex_attention", attend)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert why_wrong(model, case, CONTESTANTS["flex-tree"].prepare)[0] is None
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_trl_tree_agrees_with_its_kernel_replaced(model, case, monkeypatch):
+    """FlashAttention-3 needs a GPU: a loop over its sequences stands in."""
+    packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+
+    class Kernel:
+        @staticmethod
+        def flash_attn_varlen_func(q, k, v, ends_q, ends_k, *_, softmax_scale, causal, window_size):
+            assert causal and window_size == (-1, -1)
+            parts = []
+            bounds = zip(ends_q, ends_q[1:], ends_k, ends_k[1:])
+            for q0, q1, k0, k1 in bounds:
+                lengths = int(q1 - q0), int(k1 - k0)
+                mask = torch.ones(lengths, dtype=torch.bool).tril(lengths[1] - lengths[0])
+                part = nn.functional.scaled_dot_product_attention(
+                    *(x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])),
+                    mask,
+                    scale=softmax_scale,
+                    enable_gqa=True,
+                )
+                parts.append(part[0].transpose(0, 1))
+            return torch.cat(parts)
+
+    monkeypatch.setattr(packing, "_flash_attn", lambda: Kernel)
+    assert why_wrong(model, case, CONTESTANTS["trl-tree"].prepare)[0] is None
+
+
+def test_who_can_not_run_says_why(model, monkeypatch):
+    made = setup(model, SHAPES[0])
+    assert CONTESTANTS["flex-tree"].why_not(made) == "FlexAttention has no backward pass on CPU"
+    assert CONTESTANTS["trl-tree"].why_not(made) == "needs CUDA and FlashAttention-3"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install" in CONTESTANTS["prefix-grouper"].why_not(made)
+
+
+def shifted_weights(made):
+    """A wrong contestant: the first answer token of each row isn't trained (its predictor is the prompt's last)."""
+    run = contestants.dense(made)
+
+    def call():
+        logprobs = run()
+        return torch.cat([logprobs[:, :1].detach(), logprobs[:, 1:]], 1)
+
+    return call
+
+
+def slightly_off(made):
+    """Another: 1 + 1e-5 times the values. Gradients of float32 are about 1e-6 from the truth."""
+    run = contestants.dense(made)
+    return lambda: run() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("wrong", [shifted_weights, slightly_off])
+def test_a_wrong_contestant_gets_no_figure(model, wrong):
+    chosen = {"dense": CONTESTANTS["dense"], "wrong": Contestant(wrong)}
+    record = measure.measure(SHAPES[0], model, count_work(model), chosen, "step", 1, {})
+    right, found = record.rows
+    assert right.status == "measured" and len(right.seconds) == 1
+    assert found.status == "wrong" and "times as far from the truth" in found.reason
+    assert found.seconds == [] and found.peak_bytes is None and record.speedup(found) is None
+
+
+def test_bfloat16_is_judged_by_eagers_own_error(config):
+    low = build_model(config, None, 64, torch.bfloat16, CPU)
+    for name in ("dense", "pgcompile"):
+        reason, ratios = why_wrong(low, SHAPES[0], CONTESTANTS[name].prepare)
+        assert reason is None, (name, ratios)
+    off = dataclasses.replace(
+        CONTESTANTS["dense"], prepare=lambda made: lambda: contestants.dense(made)() * 1.01
+    )
+    assert why_wrong(low, SHAPES[0], off.prepare)[0] is not None
+
+
+def test_the_truth_needs_no_batch(model):
+    """Row by row without padding gives the gradients of the padded batch."""
+    case = SHAPES[4]
+    batch = build(case, VOCABULARY)
+    wide = model.wider(torch.float64)
+    for parameter in wide.module.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of something else; it must not count
+    truth = by_rows(wide, batch, "step", torch.float64)
+    logprobs = token_logprobs(wide, batch.ids, batch.answer_positions)
+    (logprobs * batch.weights).sum().backward()
+    for found, parameter in zip(truth.gradients, wide.module.parameters()):
+        assert torch.allclose(found, parameter.grad, rtol=1e-9, atol=1e-14)
+    assert torch.allclose(truth.logprobs, logprobs.detach() * (batch.weights != 0))
+
+
+def test_out_of_memory_and_errors_stay_with_their_contestant(model):
+    def full(made):
+        def call():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+        return call
+
+    def broken(made):
+        raise KeyError("no")
+
+    chosen = {"full": Contestant(full), "broken": Contestant(broken), "dense": CONTESTANTS["dense"]}
+    record = measure.measure(SHAPES[0], model, count_work(model), chosen, "step", 1, {})
+    assert [row.status for row in record.rows] == ["out of memory", "error", "measured"]
+    assert record.rows[1].reason == "KeyError: 'no'"
+
+
+def test_the_version_names_the_state_of_the_sources(monkeypatch):
+    version = machine.describe(CPU)["versions"]["pgcompile"]
+    assert re.fullmatch(r"[\d.]+\+[0-9a-f]{8}", version)
+    assert machine.describe(CPU)["versions"]["pgcompile"] == version
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"changed")
+    assert machine.describe(CPU)["versions"]["pgcompile"] != version
+
+
+def test_peak_memory_is_the_highest_level():
+    x = torch.ones(1000)
+
+    def step():
+        a = x + 1
+        b = a + 1
+        del a
+        c = b + 1
+        return c
+
+    step()
+    assert 8000 <= machine.peak_memory(CPU, step) < 8100  # and some scalars
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*args, width=200):
+    return CliRunner().invoke(commands, ["bench", *map(str, args)], env={"COLUMNS": str(width)})
+
+
+SMALL = ("--prompt", 48, "--answer", 8, "--group", 4, "--repeats", 2, "--options", "inner=eager")
+
+
+def test_a_whole_run(config, tmp_path):
+    file, picture, text = tmp_path / "r.json", tmp_path / "p.png", tmp_path / "p.md"
+    result = run(
+        "--device", "cpu", "--model", config, *SMALL, "--against", "dense,prefix-grouper,trl-tree",
+        "--json", file, "--plot", picture, "--markdown", text,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (record,) = read(file)
+    assert [row.name for row in record.rows] == ["dense", "prefix-grouper", "trl-tree", "pgcompile"]
+    ours = record.rows[-1]
+    assert ours.status == "measured" and ours.packing["decision"] == "packed"
+    assert ours.packing["tokens"] == record.tokens["distinct"] == 48 + 4 * 8 and ours.packing["depth"] == 2
+    assert len(ours.seconds) == 2 and ours.peak_bytes < record.rows[0].peak_bytes
+    assert record.machine["device"] == "CPU" and record.machine["versions"]["torch"] == torch.__version__
+    assert record.settings["options"] == ["inner=eager"] and "--prompt 48 --answer 8" in record.command
+    for word in ("P=48 R=8 G=4", "median", "efficiency", "of dense", "trl-tree: unavailable", "planning"):
+        assert word in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert record.command in text.read_text() and "needs CUDA and FlashAttention-3" in text.read_text()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Cases aren't measured but given a figure; which ones were asked for."""
+    asked = []
+
+    def give(case, model, work, chosen, phase, repeats, options, tell):
+        asked.append(case.name)
+        record = Record.of(case, build(case, model.vocab_size), work, phase)
+        for name, contestant in chosen.items():
+            dense = contestant.is_dense
+            seconds = 1.0 if dense else 1.25 / record.ideal
+            row = Row(name, is_dense=dense, seconds=[seconds] * repeats, first_seconds=9.0, peak_bytes=2**30)
+            record.rows.append(row)
+        record.rows[-1].packing = {"decision": "packed", "tokens": record.tokens["distinct"], "depth": 2}
+        return record
+
+    monkeypatch.setattr(command, "measure", give)
+    monkeypatch.setitem(
+        GRIDS, "cpu", [group_case(p, p // r, g) for p in (16, 32) for r in (1, 4) for g in (2, 4)]
+    )
+    return asked
+
+
+def test_a_grid_is_resumed(config, measured, tmp_path):
+    file = tmp_path / "r.json"
+    arguments = ("--device", "cpu", "--model", config, "--grid", "cpu", "--json", file)
+    names = [case.name for case in GRIDS["cpu"]]
+    result = run(*arguments, "--budget-seconds", 0)
+    assert result.exit_code == 3 and "the budget is spent: 8 cases left" in result.output and not measured
+    assert run(*arguments).exit_code == 0 and measured == names
+    first = file.read_text()
+    measured.clear()
+    assert run(*arguments).exit_code == 0 and measured == [] and file.read_text() == first
+    assert run(*arguments, "--against", "dense").exit_code == 0 and measured == []  # it has more than that
+    run(*arguments, "--against", "dense,flex-tree")
+    assert measured == names and len(read(file)) == 8
+    measured.clear()
+    run(*arguments, "--layers", 1)
+    assert measured == names and len(read(file)) == 16  # other settings: kept beside
+
+
+def test_an_interrupted_grid_keeps_its_cases(config, measured, tmp_path, monkeypatch):
+    give = command.measure
+
+    def interrupted(case, *rest):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return give(case, *rest)
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    file = tmp_path / "r.json"
+    result = run("--device", "cpu", "--model", config, "--grid", "cpu", "--json", file)
+    assert result.exit_code == 130 and "interrupted: 5 cases left; the same command goes on" in result.output
+    assert [record.name for record in read(file)] == measured and len(measured) == 3
+
+
+def test_files_are_shown_drawn_and_written_as_a_page(config, measured, tmp_path):
+    file, picture, text = tmp_path / "r.json", tmp_path / "p.png", tmp_path / "p.md"
+    notes = tmp_path / "notes.toml"
+    notes.write_text('[notes]\n"P=16 R=16 G=2" = "gathers | copies"\n')
+    run("--device", "cpu", "--model", config, "--grid", "cpu", "--json", file)
+    measured.clear()
+    result = run("--plot", picture, "--markdown", text, "--notes", notes, file)
+    assert result.exit_code == 0 and not measured and "P=32 R=8 G=4" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = text.read_text()
+    assert "- P=16 R=16 G=2, 80%: gathers | copies" in found
+    assert "- P=32 R=8 G=4, 80%: not explained yet" in found
+    assert found.startswith("# Performance") and "Written by `pgcompile bench --plot" in found
+
+
+def test_a_wrong_pgcompile_fails_the_command(config, monkeypatch):
+    def give(case, model, work, *rest):
+        record = Record.of(case, build(case, model.vocab_size), work, "step")
+        record.rows = [Row("pgcompile", "wrong", "the gradient: far off")]
+        return record
+
+    monkeypatch.setattr(command, "measure", give)
+    result = run("--device", "cpu", "--model", config, *SMALL)
+    assert result.exit_code == 1 and "the gradient: far off" in result.output
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_fits(config, measured, width):
+    result = run("--device", "cpu", "--model", config, "--grid", "published", "--repeats", 1, width=width)
+    assert result.exit_code == 0
+    assert "…" not in result.output and "verl 1.26× (R assumed)" in result.output
+    assert max(map(len, result.output.splitlines())) <= width
+
+
+def test_the_page_keeps_machines_and_settings_apart():
+    records = []
+    for device, dtype in (("NVIDIA H200", "bf16"), ("CPU", "fp32")):
+        record = Record(
+            {"name": "a|b", "prompt": 1}, "step", dict.fromkeys(("dense", "valid", "distinct"), 8),
+            {"dense": 2e15, "valid": 2e15, "distinct": 1e15},
+        )  # fmt: skip
+        record.rows = [Row("dense", is_dense=True, seconds=[4.0]), Row("pgcompile", seconds=[2.0])]
+        record.machine = dict(
+            device=device, processor="Xeon", threads=2, python="3.12", versions={"torch": "2.13"}
+        )
+        record.settings = dict(model="m", layers=None, dtype=dtype, repeats=1)
+        record.date, record.command = "2026-01-02T03:04:05+00:00", "pgcompile bench"
+        records.append(record)
+    text = page(records, {}, "pgcompile bench --markdown x")
+    assert text.count("\n## ") == 2 and "NVIDIA H200 (Xeon), 2 threads" in text
+    assert "| **a\\|b** |" in text and "| pgcompile | 2.00 s | 2.00–2.00 s | 2.00 | 2.00 | 100% |" in text
+    assert text.count("51%") == 2  # 1e15 in 2 s and 2e15 in 4 s, of 989e12, on the H200 only
+    assert "Below 95%" not in text
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--model", "qwen3-0.6"], "did you mean 'qwen3-0.6b'?"),
+        (["--model", "no/config.json"], "can't open no/config.json"),
+        (["--model", "json:loads2"], "can't import json:loads2"),
+        (["--model", "collections:OrderedDict"], "collections:OrderedDict() gives OrderedDict, no nn.Module"),
+        (["--model", "tiny-cpu", "--layers", "5"], "tiny-cpu has 4 layers, not 5"),
+        (["--against", "dense,flex-treee"], "did you mean 'flex-tree'?"),
+        (["--prompt", "-1"], "-1 is not in the range x>=0"),
+        (["--answer", "0"], "0 is not in the range x>=1"),
+        (["--tree", "3,2"], "isn't DEPTH,BRANCH,TURN"),
+        (["--tree", "3,0,5"], "numbers are at least 1"),
+        (["--tree", "3,2,9-5"], "ranges ascend"),
+        (["--tree", "3,2,5", "--prompt", "4"], "--tree replaces --prompt"),
+        (["--grid", "cpu", "--group", "4"], "--grid has shapes of its own; leave out --group"),
+        (["--prompt", "0", "--answer", "1"], "rows need two tokens"),
+        (["--tree", "1,3,1-9"], "rows need two tokens"),
+        (["--grid", "papers"], "'papers' is not one of"),
+        (["--options", "iner=eager"], "did you mean 'inner'?"),
+        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["--notes", __file__], "--notes needs --markdown"),
+    ],
+)
+def test_bad_arguments(args, message):
+    result = run("--device", "cpu", *args)
+    assert result.exit_code != 0 and message in " ".join(result.output.split())
+    assert not isinstance(result.exception, AssertionError | TypeError | KeyError)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "isn't JSON"),
+        ("{}", "has no model_type"),
+        ('{"model_type": "no_such"}', "is no config of transformers"),
+    ],
+)
+def test_bad_config_files(text, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    result = run("--device", "cpu", "--model", file)
+    assert result.exit_code != 0 and message in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_cuda_device_is_said():
+    assert "there is no CUDA device" in run("--device", "cuda").output
+
+
+def test_json_is_replaced_whole(tmp_path):
+    from pgcompile.files import write_atomically
+
+    file = Path(tmp_path / "a.json")
+    write_atomically(file, "one")
+    write_atomically(file, "two")
+    assert file.read_text() == "two" and [f.name for f in tmp_path.iterdir()] == ["a.json"]
