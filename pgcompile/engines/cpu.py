@@ -24,9 +24,18 @@ from .contract import TreeMask
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 # Queries of a masked call, and elements of its mask: a block's scores, 8 heads of them, stay below 64 MiB.
 QUERY_BLOCK = 256
 MASK_ELEMENTS = 1 << 21
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """See contract.Engine."""
+    if device.type != "cpu":
+        return "its kernel is for CPUs"
+    return None if dtype in DTYPES else f"its kernel doesn't compute in {dtype}"
 
 
 def attention(
