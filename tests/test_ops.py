@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
 from pgcompile import ops
+from pgcompile.cli.doctor import describe_engines
 from pgcompile.engines import ENGINES, cpu, reference, triton
 from pgcompile.engines.choose import choose
 from trees import Tree, random_tree, tree_of_rows
@@ -320,6 +321,13 @@ def test_auto_takes_the_first_engine_that_can(device, capability, dtype, monkeyp
     name, why = choose("auto", torch.device(device), dtype)
     assert name == expected
     assert ("not triton" in why) == (name == "reference")
+
+
+def test_doctor_names_every_engine_and_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = describe_engines(torch.device("cpu"), torch.float32)
+    assert line.startswith("float32: engine cpu; ") and all(name in line for name in ENGINES)
+    assert "not triton (it needs a CUDA device" in line and "also reference" in line
 
 
 @pytest.mark.parametrize(

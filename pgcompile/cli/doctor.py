@@ -37,7 +37,7 @@ def doctor() -> None:
     for device in _devices():
         table.add_row(str(device), _device_name(device))
         for dtype in (torch.float32, torch.bfloat16):
-            table.add_row("", _engines(device, dtype))
+            table.add_row("", describe_engines(device, dtype))
     console.print(table)
     failed = False
     for inner in ("eager", "inductor"):
@@ -86,7 +86,7 @@ def self_test(inner: str, device: torch.device | None = None) -> str | None:
     return None if pgcompile.stats().packed > before.packed else "the batch wasn't packed"
 
 
-def _engines(device: torch.device, dtype: torch.dtype) -> str:
+def describe_engines(device: torch.device, dtype: torch.dtype) -> str:
     """What "auto" takes there, what else there is, and why not the others."""
     chosen, _ = choose("auto", device, dtype)
     reasons = {name: engine.why_not(device, dtype) for name, engine in ENGINES.items() if name != chosen}

@@ -6,7 +6,7 @@ imported at the first call: Triton is an optional package.
 
 Not yet measured on a GPU. On a CPU it runs in Triton's interpreter, for tests.
 
-Shapes by suffix as in reference.py; C columns.
+Shapes by suffix as in reference.py.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Tilings(NamedTuple):
 
 # By the greatest (padded) head size and bytes of an element. Starting points for Hopper (228 KiB of shared memory and
 # 64 Ki registers of 32 bits per multiprocessor), still to be tuned there:
-# - The accumulators stay in registers: BLOCK_Q x E floats forward, BLOCK_K x (D + E) for dk and dv. These are the
-#   largest tiles that ptxas (sm_90a, Triton 3.6) compiles with no spill, or one of less than 100 bytes. (float32 dq of
-#   heads over 128 spills whatever its tile.)
+# - The accumulators stay in registers: BLOCK_Q x E floats forward, BLOCK_K x (D + E) for dk and dv. Of the
+#   tiles tried, these are the largest that ptxas (sm_90a, Triton 3.6) compiles with no spill, or one of less than 100
+#   bytes. (float32 dq of heads over 128 spills whatever its tile.)
 # - The tile of the program's own side lies in shared memory once, those of the other side num_stages times.
 # - 4 warps multiply 64 rows at a time with wgmma: in 16 bits, BLOCK_Q (for dk and dv, BLOCK_K) is a multiple of 64
 #   as long as registers last.
