@@ -29,11 +29,10 @@ def assert_equals_brute_force(qkv, tree=TREE, **mask):
         close_to(a, e, "triton")
 
 
-@pytest.mark.parametrize("block", [3, 128])
 @pytest.mark.parametrize("masked", ["nothing", "columns"])
 @pytest.mark.parametrize("window", [None, 53])
-def test_full_tiles(window, masked, block, monkeypatch):
-    use_small_tiles(monkeypatch, block)
+def test_full_tiles(window, masked, monkeypatch):
+    use_small_tiles(monkeypatch, 3)
     tiling = next(iter(triton.TILINGS.values())).forward
     for lists in (blocks.key_lists, blocks.query_lists):
         _, begin, split, end = lists(ANSWERS.segments, *tiling[:2], window, torch.device("cpu")).rows_R4.T
@@ -125,8 +124,8 @@ def test_a_model_equals_its_original_and_block_lists_are_built_once_for_all_laye
     torch._dynamo.reset()
     pgcompile.reset_stats()
     torch.manual_seed(0)
-    model = rewire(ZOO["nano_gpt"](dim=16, layers=3)).to(home("triton"), torch.float32)
-    fast = compiled(model, {"inner": inner, "engine": "triton", "check": 2})
+    model = rewire(ZOO["nano_gpt"](dim=16, layers=2)).to(home("triton"), torch.float32)
+    fast = compiled(model, {"inner": inner, "engine": "triton", "check": 1})
     built, before = [], len(blocks._built)
     build = blocks.Pairs.of
     monkeypatch.setattr(blocks.Pairs, "of", lambda *args: built.append(args) or build(*args))
@@ -134,7 +133,7 @@ def test_a_model_equals_its_original_and_block_lists_are_built_once_for_all_laye
         batch = random_tree_batch(rows=6, positions=9, seed=batches)
         fast(batch.input_ids.to(home("triton"))).square().sum().backward()
         assert len(built) == 2 * batches
-    assert pgcompile.stats().packed == pgcompile.stats().checked == 2
+    assert (pgcompile.stats().packed, pgcompile.stats().checked) == (2, 1)
     gc.collect()
     assert len(blocks._built) == before, "lists that outlive their plan"
 
