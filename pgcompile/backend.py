@@ -61,7 +61,7 @@ def pgcompile(
         survey: for `explain`: look for all reasons at once, and leave it to the collector to tell them.
 
     Raises:
-        ValueError: for unknown options.
+        ValueError: for unknown options, and for an engine asked for by name that can't run here.
         FallbackError: with `strict=True`, if the graph can't be packed.
     """
     try:
@@ -78,7 +78,10 @@ def pgcompile(
             chosen.disable_passes,
             chosen.dump_dir,
         )
-    report = _graph_report(compilation, chosen)
+    try:
+        report = _graph_report(compilation, chosen)
+    except ValueError as error:  # an engine asked for by name that can't run here
+        return functools.partial(_raise, error, None)
     if collector is not None:
         collector(report)
     if compilation.reasons:
@@ -110,8 +113,8 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
     report = GraphReport("eager" if compilation.reasons else "packed", fallbacks=list(compilation.reasons))
     report.seconds = dict(compilation.seconds)
     for match in compilation.matches:
-        q = match.q.meta["val"]
-        engine, why = choose(options.engine, q.device, q.dtype)
+        out = match.node.meta["val"]  # autocast may give it another dtype than q
+        engine, why = choose(options.engine, out.device, out.dtype)
         report.attention.append(
             AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why)
         )

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .engines import ENGINES, TreeMask
-from .engines.choose import choose
+from .engines import TreeMask
+from .engines.choose import engine_for
 from .engines.reference import compute_dtype
 from .errors import raises_engine_error
 
@@ -78,9 +78,8 @@ def _prefix_attention(
         raise ValueError(
             "prefix_attention: segments and hides must be in host memory (reading them must not wait)"
         )
-    name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
     mask = _tree_mask(subtree_end_T, depth_T, segments_M5, hides_2, key_valid, same_value, window)
-    return ENGINES[name].attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
+    return engine_for(engine, q_1HTD, v_1KTE, mask).attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
 
 
 def _tree_mask(
@@ -138,9 +137,9 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
 def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv) from out and lse, which follow v in the forward's arguments; no probabilities are kept."""
     k, v, out, lse, subtree_end, depth, segments, hides, key_valid, same_value, scale, window, engine = args
-    name, _ = choose(engine, q_1HTD.device, q_1HTD.dtype)
     mask = _tree_mask(subtree_end, depth, segments, hides, key_valid, same_value, window)
-    return ENGINES[name].attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scale)
+    found = engine_for(engine, q_1HTD, v, mask)
+    return found.attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scale)
 
 
 def _prefix_attention_backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:

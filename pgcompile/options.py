@@ -28,7 +28,7 @@ class Options:
         fallback: how a graph runs that can't be packed: "eager", or "inner" for the inner compiler.
         strict: raise `FallbackError` instead of falling back.
         dropout: "fallback" refuses active dropout, "shared" lets the copies of a token share its draw.
-        engine: attention engine; "auto" takes the fastest that can run.
+        engine: attention engine; "auto" takes the fastest that can run. One that can't is a ValueError when called.
         min_saving: pack a batch if it saves at least this share of the work, 0 to 1. 0 always packs and keeps every
             branch; None (default) asks the cost model.
         check: compare the first `check` batches of each graph with the original, values and gradients.

@@ -1,84 +1,28 @@
 """The operators of a packed graph against brute force, and inside torch.compile.
 
-Trees here are built from token ids by a dictionary of prefixes, independently of pgcompile.prefix_tree, and
-attention is checked against a loop over tokens that follows parent pointers, independently of `subtree_end`.
+Attention is checked against a loop over tokens that follows parent pointers, independently of `subtree_end`, in
+float64 where an engine has it. Every engine that can run in this process is tested, on a GPU those for CUDA, too;
+test_triton.py runs this file once more in a process where Triton interprets its kernels.
 """
 
-import dataclasses
 import functools
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map_only
 
 from pgcompile import ops
-from pgcompile.engines import ENGINES, cpu, reference
+from pgcompile.cli.doctor import describe_engines
+from pgcompile.engines import ENGINES, cpu, reference, triton
 from pgcompile.engines.choose import choose
+from trees import Tree, random_tree, tree_of_rows
 
 INF = float("inf")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """Packed tokens in depth-first preorder: the parent of each (-1 for roots) and what the op takes."""
-
-    parent: list[int]
-    subtree_end: Tensor
-    depth: Tensor
-    segments: Tensor
-
-    @property
-    def tokens(self) -> int:
-        return len(self.parent)
-
-    def path(self, token: int) -> list[int]:
-        """The token's row up to itself, root first."""
-        return [token] if self.parent[token] < 0 else [*self.path(self.parent[token]), token]
-
-
-def tree_of_rows(rows: list[list[int]]) -> Tree:
-    """One class per distinct prefix of the rows."""
-    children: dict[tuple[int, ...], list[tuple[int, ...]]] = {(): []}
-    for row in rows:
-        for i in range(len(row)):
-            prefix = tuple(row[: i + 1])
-            if prefix not in children:
-                children[prefix] = []
-                children[prefix[:-1]].append(prefix)
-    order: list[tuple[int, ...]] = []
-    pending = children[()][::-1]
-    while pending:
-        order.append(pending.pop())
-        pending += children[order[-1]][::-1]
-    number = {prefix: i for i, prefix in enumerate(order)}
-    ends = [max(j for j, other in enumerate(order) if other[: len(p)] == p) + 1 for p in order]
-    # A class begins a segment unless it is the only child of another class.
-    begins = [i for i, p in enumerate(order) if len(p) == 1 or len(children[p[:-1]]) > 1]
-    segment_of = [sum(b <= i for b in begins) - 1 for i in range(len(order))]
-    stops = [*begins[1:], len(order)]
-    parent = [number.get(p[:-1], -1) for p in order]
-    segments = [
-        [a, b, ends[a], len(order[a]) - 1, segment_of[parent[a]] if parent[a] >= 0 else -1]
-        for a, b in zip(begins, stops, strict=True)
-    ]
-    depth = torch.tensor([len(p) - 1 for p in order])
-    return Tree(parent, torch.tensor(ends), depth, torch.tensor(segments).view(-1, 5))
-
-
-def random_tree(seed: int, rows: int = 9, length: int = 8) -> Tree:
-    """Rows that continue a prefix of an earlier row, or start afresh."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(high: int) -> int:
-        return int(torch.randint(high, (), generator=generator))
-
-    ids = [[0] * length]
-    for n in range(1, rows):
-        kept = ids[draw(n)][: draw(length)]
-        ids.append(kept + [n] * (1 + draw(length)))
-    return tree_of_rows(ids)
 
 
 def inputs(
@@ -100,10 +44,50 @@ def columns(tree: Tree, seed: int = 0) -> dict:
     }
 
 
+def home(engine: str) -> torch.device | None:
+    """Where an engine can be tested."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    return next((d for d in devices if ENGINES[engine].why_not(d, torch.float32) is None), None)
+
+
+def finest(engine: str) -> torch.dtype:
+    """float64, or float32 if the engine doesn't have that."""
+    can = ENGINES[engine].why_not(home(engine), torch.float64) is None
+    return torch.float64 if can else torch.float32
+
+
+def at_home(engine: str, values, segments: Tensor):
+    """Nested tensors on the engine's device, but for the segments."""
+
+    def move(x: Tensor) -> Tensor:
+        return x if x is segments else x.detach().to(home(engine)).requires_grad_(x.requires_grad)
+
+    return tree_map_only(Tensor, move, values)
+
+
+def in_dtypes(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
+    """Engines with each of the dtypes that they have."""
+    return [(e, d) for e in ENGINES if home(e) for d in dtypes if ENGINES[e].why_not(home(e), d) is None]
+
+
+def close_to(actual: Tensor, expected: Tensor, engine: str) -> None:
+    """Tensors of numbers below 10, sums of a few dozen products: float32 keeps five digits behind the point, barely."""
+    tolerance = {torch.float64: 1e-12, torch.float32: 5e-6}[finest(engine)]
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
 def attend(tree: Tree, q, k, v, key_valid=(), same_value=(), scale=0.5, window=None, engine="reference"):
+    """On the engine's device, and in the dtype given or the engine's finest; results where the arguments were."""
+    known = engine in ENGINES
+    where = home(engine) if known else q.device
+    if known and q.dtype == torch.float64 != finest(engine):
+        q, k, v = (x.to(finest(engine)) for x in (q, k, v))
+    columns = [[c.to(where) for c in group] for group in (key_valid, same_value)]
     hides = torch.tensor([len(key_valid) > 0, len(same_value) > 0])
-    mask = tree.subtree_end, tree.depth, tree.segments, hides, list(key_valid), list(same_value)
-    return torch.ops.pgcompile.prefix_attention(q, k, v, *mask, scale, window, engine)
+    mask = tree.subtree_end.to(where), tree.depth.to(where), tree.segments, hides, *columns
+    qkv = [x.to(where) for x in (q, k, v)]
+    out, lse = torch.ops.pgcompile.prefix_attention(*qkv, *mask, scale, window, engine)
+    return out.to(q.device), lse.to(q.device)
 
 
 def visible_keys(tree: Tree, token: int, key_valid=(), same_value=(), window=None) -> list[int]:
@@ -136,12 +120,13 @@ def brute_force(tree: Tree, q, k, v, scale=0.5, **mask) -> tuple[Tensor, Tensor]
 
 
 def gradients(function, tensors: list[Tensor], seed: int = 1) -> list[Tensor]:
-    """Value and gradients of the first output under a random output gradient."""
+    """Values, and gradients of the first one under a random output gradient."""
     tensors = [x.detach().requires_grad_() for x in tensors]
-    out = function(*tensors)
+    values = function(*tensors)
+    out, *others = values if isinstance(values, tuple) else (values,)
     generator = torch.Generator().manual_seed(seed)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+    return [out.detach(), *others, *torch.autograd.grad(out, tensors, grad)]
 
 
 # --- prefix_attention
@@ -155,10 +140,22 @@ def test_helper_tree_is_what_the_op_documents():
     assert tree.segments.tolist() == [[0, 2, 5, 0, -1], [2, 3, 3, 2, 0], [3, 5, 5, 2, 0], [5, 6, 6, 0, -1]]
 
 
-@pytest.fixture(params=list(ENGINES))
+@pytest.fixture(params=[name for name in ENGINES if home(name)])
 def engine(request):
     """The contract is the same for all."""
     return request.param
+
+
+def use_small_tiles(monkeypatch, block: int) -> None:
+    """Tiles small enough that trees of a few dozen tokens have many, none of the engines' defaults."""
+    for module in (reference, cpu):
+        monkeypatch.setattr(module, "QUERY_BLOCK", block)
+    monkeypatch.setattr(cpu, "MASK_ELEMENTS", block * 4)
+    # tl.dot wants 16 at least; once more queries than keys in a tile, once fewer
+    tiling = triton.Tiling(16, 32, 1, 1) if block < 16 else triton.Tiling(32, 16, 1, 1)
+    monkeypatch.setattr(
+        triton, "TILINGS", dict.fromkeys(triton.TILINGS, triton.Tilings(tiling, tiling, tiling))
+    )
 
 
 SHAPES = {
@@ -174,22 +171,17 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_attention_equals_brute_force(seed, shape, block, window, masked, monkeypatch, engine):
-    for module in (reference, cpu):
-        monkeypatch.setattr(module, "QUERY_BLOCK", block)
-    monkeypatch.setattr(cpu, "MASK_ELEMENTS", block * 4)
+    use_small_tiles(monkeypatch, block)
     tree = random_tree(seed)
     qkv = inputs(tree, **SHAPES[shape])
     mask = {"window": window, **(columns(tree, seed) if masked == "columns" else {})}
-    out, lse = attend(tree, *qkv, **mask, engine=engine)
-    expected_out, expected_lse = brute_force(tree, *qkv, **mask)
-    torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
-    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
-    assert lse.dtype == torch.float64
-    assert (lse == -INF).any() == (masked == "columns"), "the columns must leave some query without a key"
-    expected = gradients(lambda *x: brute_force(tree, *x, **mask)[0], qkv)
-    actual = gradients(lambda *x: attend(tree, *x, **mask, engine=engine)[0], qkv)
+    expected = gradients(lambda *x: brute_force(tree, *x, **mask), qkv)
+    actual = gradients(lambda *x: attend(tree, *x, **mask, engine=engine), qkv)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+        close_to(a, e, engine)
+    lse = actual[1]
+    assert lse.dtype == finest(engine)
+    assert (lse == -INF).any() == (masked == "columns"), "the columns must leave some query without a key"
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
@@ -201,7 +193,7 @@ def test_attention_with_scales_that_are_not_positive(scale, masked, engine):
     expected = gradients(lambda *x: brute_force(tree, *x, scale=scale, **mask)[0], qkv)
     actual = gradients(lambda *x: attend(tree, *x, scale=scale, **mask, engine=engine)[0], qkv)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+        close_to(a, e, engine)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +204,10 @@ def test_attention_of_tiny_trees(rows, engine):
     qkv = inputs(tree)
     expected = gradients(lambda *x: brute_force(tree, *x)[0], qkv)
     for a, e in zip(gradients(lambda *x: attend(tree, *x, engine=engine)[0], qkv), expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+        close_to(a, e, engine)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine, dtype", in_dtypes(*cpu.DTYPES))
 def test_queries_without_keys_get_zeros_and_no_nan(dtype, engine):
     tree = random_tree(2)
     qkv = [(50 * x).to(dtype) for x in inputs(tree)]
@@ -237,6 +229,7 @@ def test_queries_without_keys_get_zeros_and_no_nan(dtype, engine):
     )
 
 
+@pytest.mark.parametrize("engine", [engine for engine, _ in in_dtypes(torch.float64)])
 def test_attention_gradcheck(engine):
     tree = random_tree(3, rows=4, length=4)
     q, k, v = (x.requires_grad_() for x in inputs(tree, heads=4, value_size=3))
@@ -259,7 +252,7 @@ def test_attention_with_some_inputs_that_need_no_gradient(wanted, engine):
         assert x.grad is None or torch.equal(x.grad, every[i])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine, dtype", in_dtypes(torch.float32, torch.bfloat16, torch.float16))
 def test_attention_rounds_no_worse_than_sdpa(dtype, engine):
     """Trees of more than one block; truth is float64 on the rounded inputs, the yardstick is SDPA in the
     dtype.
@@ -314,6 +307,47 @@ def test_choose_names_engine_and_reason():
     for wish in ("auto", "reference"):
         name, why = choose(wish, torch.device("cpu"), torch.float32)
         assert name in ENGINES and why
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "device, capability", [("cpu", None), ("cuda", (9, 0)), ("cuda", (7, 5)), ("xpu", None)]
+)
+def test_auto_takes_the_first_engine_that_can(device, capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    expected = "cpu" if device == "cpu" else "reference"
+    if device == "cuda" and capability >= triton.OLDEST_CAPABILITY and dtype == torch.bfloat16:
+        expected = "triton"
+    name, why = choose("auto", torch.device(device), dtype)
+    assert name == expected
+    assert ("not triton" in why) == (name == "reference")
+
+
+def test_doctor_names_every_engine_and_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = describe_engines(torch.device("cpu"), torch.float32)
+    assert line.startswith("float32: engine cpu; ") and all(name in line for name in ENGINES)
+    assert "not triton (it needs a CUDA device" in line and "also reference" in line
+
+
+@pytest.mark.parametrize(
+    "device, dtype, why",
+    [
+        ("cuda", torch.float64, "float64"),
+        ("cuda", torch.float32, "can't be imported"),
+        ("cpu", torch.bfloat16, "CUDA"),
+        ("xpu", torch.bfloat16, "CUDA"),
+    ],
+)
+def test_an_engine_asked_for_by_name_says_why_it_cannot_run(device, dtype, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "triton", None)  # an import fails
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"'triton' can't run {dtype} on {device}: .*{why}"):
+        choose("triton", torch.device(device), dtype)
+    with pytest.raises(ValueError, match=r"'cpu' can't run .*complex64"):
+        choose("cpu", torch.device("cpu"), torch.complex64)
 
 
 # --- gather_tokens
@@ -460,6 +494,13 @@ def test_opcheck(sample):
     torch.library.opcheck(getattr(torch.ops.pgcompile, name).default, args)
 
 
+def test_opcheck_of_every_engine(engine):
+    name, args = opcheck_samples()["attention"]
+    segments = args[5]
+    *args, _ = at_home(engine, args, segments)
+    torch.library.opcheck(getattr(torch.ops.pgcompile, name).default, (*args, engine))
+
+
 @functools.cache
 def packed_batch(seed: int) -> tuple:
     tree = random_tree(seed, rows=4 + 3 * seed)
@@ -469,25 +510,23 @@ def packed_batch(seed: int) -> tuple:
     return tree, torch.randn(1, tree.tokens, 8), index, torch.randint(0, 16, (len(index), 1)), mask
 
 
-def small_model(weights, stream, tree_tensors, key_valid, same_value, index, column):
+def small_model(engine, weights, stream, tree_tensors, key_valid, same_value, index, column):
     """What a packed graph looks like: projections, attention, logits, and both gathers before a loss."""
     q, k, v = ((stream @ w).view(1, -1, 2, 4).transpose(1, 2) for w in weights[:3])
     mask = *tree_tensors, key_valid, same_value
-    out, _ = torch.ops.pgcompile.prefix_attention(q, k, v, *mask, 0.5, 3, "auto")
+    out, _ = torch.ops.pgcompile.prefix_attention(q, k, v, *mask, 0.5, 3, engine)
     logits = (stream + out.transpose(1, 2).reshape(1, -1, 8)).tanh()[0] @ weights[3]
     rows = torch.ops.pgcompile.gather_tokens(logits.logsumexp(-1), index)
     return (torch.ops.pgcompile.gather_entries(logits, index, column)[:, 0] - rows).square()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_one_compile_serves_every_length(backend):
+def test_one_compile_serves_every_length(backend, engine):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(small_model, backend=counter, dynamic=True, fullgraph=True)
     torch.manual_seed(0)
-    weights = [torch.randn(8, 8, requires_grad=True) for _ in range(3)] + [
-        torch.randn(8, 16, requires_grad=True)
-    ]
+    weights = [torch.randn(8, size, device=home(engine), requires_grad=True) for size in (8, 8, 8, 16)]
     seen = set()
     for seed in range(4):
         tree, stream, index, column, mask = packed_batch(seed)
@@ -499,10 +538,11 @@ def test_one_compile_serves_every_length(backend):
             index,
             column,
         )
+        args = at_home(engine, args, tree.segments)
         results = []
         for function in (small_model, compiled):
-            x = stream.clone().requires_grad_()
-            loss = function(weights, x, *args)
+            x = stream.clone().to(home(engine)).requires_grad_()
+            loss = function(engine, weights, x, *args)
             results.append([loss, *torch.autograd.grad(loss.sum(), [x, *weights])])
         for eager, actual in zip(*results, strict=True):
             torch.testing.assert_close(actual, eager, rtol=1e-4, atol=1e-4)

@@ -35,9 +35,9 @@ def doctor() -> None:
     for name in PACKAGES:
         table.add_row(name, _version(name))
     for device in _devices():
-        engine, why = choose("auto", device, torch.float32)
-        others = ", ".join(other for other in ENGINES if other != engine)
-        table.add_row(str(device), f"{_device_name(device)}; engine {engine} ({why}), also {others}")
+        table.add_row(str(device), _device_name(device))
+        for dtype in (torch.float32, torch.bfloat16):
+            table.add_row("", describe_engines(device, dtype))
     console.print(table)
     failed = False
     for inner in ("eager", "inductor"):
@@ -84,6 +84,14 @@ def self_test(inner: str, device: torch.device | None = None) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None if pgcompile.stats().packed > before.packed else "the batch wasn't packed"
+
+
+def describe_engines(device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" takes there, what else there is, and why not the others."""
+    chosen, _ = choose("auto", device, dtype)
+    reasons = {name: engine.why_not(device, dtype) for name, engine in ENGINES.items() if name != chosen}
+    others = [f"also {name}" if why is None else f"not {name} ({why})" for name, why in reasons.items()]
+    return f"{str(dtype).removeprefix('torch.')}: engine {chosen}; {', '.join(others)}"
 
 
 def _version(package: str) -> str:

@@ -1,6 +1,6 @@
 """Attention engines: implementations of one contract, one module each, listed in one table.
 
-An engine is a module with the two functions of `contract.Engine`. It computes the formula that
+An engine is a module with the functions of `contract.Engine`. It computes the formula that
 `reference.visible_mask` spells out, and is tested against `reference`. Whichever engine runs:
 
 - out, dq, dk and dv have the dtype of q (k, v) and are laid out token-major: `[1, T, heads, size]` in memory,
@@ -10,13 +10,14 @@ An engine is a module with the two functions of `contract.Engine`. It computes t
 - `segments_M5` is in host memory, so that an engine can read it without waiting for the device.
 """
 
-from . import cpu, reference, varlen
+from . import cpu, reference, triton, varlen
 from .contract import Engine, TreeMask
 
 ENGINES: dict[str, Engine] = {
     "reference": reference,
     "cpu": cpu,
     "varlen": varlen,
+    "triton": triton,
 }
 
 __all__ = ["ENGINES", "Engine", "TreeMask"]

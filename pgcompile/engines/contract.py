@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -32,7 +33,13 @@ class TreeMask(NamedTuple):
 
 
 class Engine(Protocol):
-    """A module with these two functions; formulas and shapes are documented in reference.py."""
+    """A module with these four functions; formulas and shapes are documented in reference.py."""
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why tensors of `dtype` on `device` are nothing for this engine, as half a sentence; None if they are."""
+
+    def why_not_call(self, size: int, mask: TreeMask) -> str | None:
+        """The same for a call with heads of `size` numbers at most; looks at no value that the host would wait for."""
 
     def attention(
         self, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scale: float

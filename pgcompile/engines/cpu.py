@@ -12,7 +12,8 @@ hides any of those.
 Shapes by suffix as in reference.py; within a call, B ranges of L queries and S keys.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,13 +21,27 @@ from torch import Tensor
 
 from . import reference
 from .contract import TreeMask
+from .per_plan import once_per_plan
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 # Queries of a masked call, and elements of its mask: a block's scores, 8 heads of them, stay below 64 MiB.
 QUERY_BLOCK = 256
 MASK_ELEMENTS = 1 << 21
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """See contract.Engine."""
+    if device.type != "cpu":
+        return "its kernel is for CPUs"
+    return None if dtype in DTYPES else f"its kernel doesn't compute in {dtype}"
+
+
+def why_not_call(size: int, mask: TreeMask) -> None:
+    """See contract.Engine: nothing."""
 
 
 def attention(
@@ -46,16 +61,16 @@ def attention(
     cutter = Cutter(mask)
     for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         part_BHLE, lse_BHL = _forward(
-            call.queries(q), call.keys(k), call.keys(v), 0.0, call.is_causal,
+            *heads_first(call.queries.take(q), call.keys.take(k), call.keys.take(v)), 0.0, call.is_causal,
             attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
         )  # fmt: skip
         if hidden_BLS is not None:  # for a query that sees no key, the kernel has zeros
             lse_BHL = lse_BHL.masked_fill(hidden_BLS.all(-1)[:, None], -torch.inf)
         part, part_lse = part_BHLE.transpose(1, 2).to(dtype), lse_BHL.transpose(1, 2).to(dtype)
         if not call.is_first:
-            part, part_lse = merge(call.queries_of(out_THE), call.queries_of(lse_TH), part, part_lse)
-        call.write_queries(out_THE, part)
-        call.write_queries(lse_TH, part_lse)
+            part, part_lse = merge(call.queries.take(out_THE), call.queries.take(lse_TH), part, part_lse)
+        call.queries.put(out_THE, part)
+        call.queries.put(lse_TH, part_lse)
     out_1THE = out_THE[None, ..., :value_size].to(q.dtype).contiguous()
     return out_1THE.transpose(1, 2), lse_TH.t().contiguous()[None]
 
@@ -80,13 +95,17 @@ def attention_backward(
     grads = [(torch.zeros_like if cutter.bites else torch.empty_like)(x, dtype=dtype) for x in (q, k, v)]
     for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         dq, dk, dv = _backward(
-            call.queries(grad_out), call.queries(q), call.keys(k), call.keys(v), call.queries(out),
-            call.queries_of(lse_TH).transpose(1, 2).contiguous(), 0.0, call.is_causal,
+            *heads_first(
+                call.queries.take(grad_out), call.queries.take(q), call.keys.take(k), call.keys.take(v),
+                call.queries.take(out),
+            ),
+            call.queries.take(lse_TH).transpose(1, 2).contiguous(), 0.0, call.is_causal,
             attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
         )  # fmt: skip
-        call.add_queries(grads[0], dq)
-        call.add_keys(grads[1], dk)
-        call.add_keys(grads[2], dv)
+        dq, dk, dv = heads_first(dq, dk, dv)  # and back
+        call.queries.add(grads[0], dq, call.is_first)
+        call.keys.add(grads[1], dk, call.is_whole)
+        call.keys.add(grads[2], dv, call.is_whole)
     if factor != 1:
         grads[0].mul_(factor)
     dq, dk, dv = (
@@ -112,6 +131,10 @@ def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
     ]
 
 
+def heads_first(*tensors_BLHD: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors_BLHD]
+
+
 def additive(hidden_BLS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The kernel's mask [B, 1, L, S], the same for all heads: minus infinity where a key is hidden."""
     if hidden_BLS is None:
@@ -129,22 +152,68 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return torch.lerp(out_a, out_b, weight_b[..., None]), torch.logaddexp(lse_a, lse_b)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One kernel call: B ranges of equal length.
+class Ranges:
+    """B ranges of packed tokens of equal length, none twice.
 
     Args:
-        query_starts, key_starts: int64 [B], packed indices. Ranges of queries don't overlap, nor do those of keys.
-        num_queries, num_keys: their lengths.
+        starts: int64 [B].
+        length: L.
+    """
+
+    def __init__(self, starts: Tensor, length: int) -> None:
+        self.starts, self.length = starts, length
+
+    def __len__(self) -> int:
+        return self.starts.shape[0]
+
+    @functools.cached_property
+    def indices_BL(self) -> Tensor:
+        return self.starts[:, None] + torch.arange(self.length)
+
+    @functools.cached_property
+    def first(self) -> int:
+        return int(self.starts[0])
+
+    @functools.cached_property
+    def step(self) -> int | None:
+        """The distance of consecutive starts, if it is always the same (0 for a single one)."""
+        if len(self) == 1:
+            return 0
+        steps = self.starts.diff()
+        return int(steps[0]) if bool((steps == steps[0]).all()) else None
+
+    def take(self, x: Tensor) -> Tensor:
+        """`[T, ...]` → `[B, L, ...]`; a view where the ranges are evenly spaced."""
+        sizes = (len(self), self.length, *x.shape[1:])
+        if self.step is None:
+            return x.index_select(0, self.indices_BL.flatten()).view(sizes)
+        return x[self.first :].as_strided(sizes, (self.step * x.stride(0), *x.stride()))
+
+    def put(self, into: Tensor, part: Tensor) -> None:
+        """Write `[B, L, ...]` to `[T, ...]`."""
+        if self.step is not None:
+            self.take(into).copy_(part)
+        else:  # no token twice: index_copy_, which unlike index_add_ runs in parallel
+            into.index_copy_(0, self.indices_BL.flatten(), part.flatten(0, 1))
+
+    def add(self, into: Tensor, part: Tensor, is_first: bool) -> None:
+        """Add `[B, L, ...]` to `[T, ...]`; who comes first writes."""
+        part = part.to(into.dtype)
+        self.put(into, part if is_first else part + self.take(into))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call: B ranges of queries and as many of keys.
+
+    Args:
         is_first: a segment attends itself: no other call has reached these queries. (Otherwise a node is attended
             from below.)
         is_whole: all of the segment in one call: none has reached these keys either.
     """
 
-    query_starts: Tensor
-    key_starts: Tensor
-    num_queries: int
-    num_keys: int
+    queries: Ranges
+    keys: Ranges
     is_first: bool
     is_whole: bool
 
@@ -153,25 +222,10 @@ class Call:
         """Does the kernel's own causal mask apply? Blocks of a segment have theirs spelled out."""
         return self.is_whole
 
-    def queries(self, x_THD: Tensor) -> Tensor:
-        return self.queries_of(x_THD).transpose(1, 2)
-
-    def keys(self, x_TKD: Tensor) -> Tensor:
-        return _take(x_TKD, self.key_starts, self.num_keys).transpose(1, 2)
-
-    def queries_of(self, x: Tensor) -> Tensor:
-        """`[T, ...]` → `[B, L, ...]`."""
-        return _take(x, self.query_starts, self.num_queries)
-
-    def write_queries(self, into: Tensor, part: Tensor) -> None:
-        """Write `[B, L, ...]` to `[T, ...]`."""
-        _put(into, self.query_starts, part)
-
-    def add_queries(self, into: Tensor, grad_BHLD: Tensor) -> None:
-        _add(into, self.query_starts, grad_BHLD.transpose(1, 2), self.is_first)
-
-    def add_keys(self, into: Tensor, grad_BKSD: Tensor) -> None:
-        _add(into, self.key_starts, grad_BKSD.transpose(1, 2), self.is_whole)
+    @property
+    def pairs(self) -> int:
+        """Of each range."""
+        return self.queries.length * self.keys.length
 
 
 @dataclass(frozen=True)
@@ -187,13 +241,13 @@ class Cutter:
             return True
         return bool(self.mask.key_valid or self.mask.same_value)
 
-    def apply(self, calls: Iterator[Call]) -> Iterator[tuple[Call, Tensor | None]]:
+    def apply(self, calls: Iterable[Call]) -> Iterator[tuple[Call, Tensor | None]]:
         """The calls, cut so that masks stay small, each with what it hides, bool [B, L, S], or None."""
         if not self.bites:
             yield from ((call, None) for call in calls)
             return
         for call in calls:
-            hidden = self.hidden(call) if call.num_queries * call.num_keys <= MASK_ELEMENTS else None
+            hidden = self.hidden(call) if call.pairs <= MASK_ELEMENTS else None
             if hidden is not None and not hidden.any():
                 yield call, None
                 continue
@@ -207,26 +261,24 @@ class Cutter:
 
     def blocks(self, call: Call) -> Iterator[Call]:
         """Blocks of a call's queries, with the keys that a window leaves the first of them."""
-        step = max(1, MASK_ELEMENTS // (QUERY_BLOCK * call.num_keys))
-        for chosen in torch.arange(len(call.query_starts)).split(step):
-            queries, keys = call.query_starts[chosen], call.key_starts[chosen]
-            for start in range(0, call.num_queries, QUERY_BLOCK):
-                length = min(QUERY_BLOCK, call.num_queries - start)
-                end = start + length if call.is_first else call.num_keys
+        step = max(1, MASK_ELEMENTS // (QUERY_BLOCK * call.keys.length))
+        for queries, keys in zip(call.queries.starts.split(step), call.keys.starts.split(step), strict=True):
+            for start in range(0, call.queries.length, QUERY_BLOCK):
+                length = min(QUERY_BLOCK, call.queries.length - start)
+                end = start + length if call.is_first else call.keys.length
                 first = 0
-                if (
-                    self.mask.window is not None
-                ):  # below a node, tokens come in any depth: the first has the least
-                    offset = start if call.is_first else call.num_keys
+                if self.mask.window is not None:
+                    # below a node, tokens come in any depth: the first has the least
+                    offset = start if call.is_first else call.keys.length
                     first = max(0, offset - self.mask.window + 1)
                 if first < end:
-                    yield Call(queries + start, keys + first, length, end - first, call.is_first, False)
+                    ranges = Ranges(queries + start, length), Ranges(keys + first, end - first)
+                    yield Call(*ranges, call.is_first, False)
 
     def hidden(self, call: Call) -> Tensor:
         """bool [B, L, S]: keys in a query's row that it may not see. (Tokens after it are not looked for.)"""
-        query_BL1 = (call.query_starts[:, None] + torch.arange(call.num_queries))[..., None]
-        key_B1S = (call.key_starts[:, None] + torch.arange(call.num_keys))[:, None]
-        hidden = torch.zeros(len(query_BL1), call.num_queries, call.num_keys, dtype=torch.bool)
+        query_BL1, key_B1S = call.queries.indices_BL[..., None], call.keys.indices_BL[:, None]
+        hidden = torch.zeros(len(call.queries), call.queries.length, call.keys.length, dtype=torch.bool)
         for valid_T in self.mask.key_valid:
             hidden |= ~valid_T[key_B1S]
         for value_T in self.mask.same_value:
@@ -240,59 +292,28 @@ def trimmed(call: Call, hidden_BLS: Tensor) -> tuple[Call, Tensor]:
     """Without the keys at both ends that no query sees, those of other documents for instance."""
     seen = (~hidden_BLS).any(0).any(0).nonzero().flatten()
     first, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
-    return replace(call, key_starts=call.key_starts + first, num_keys=end - first), hidden_BLS[..., first:end]
+    keys = Ranges(call.keys.starts + first, end - first)
+    return replace(call, keys=keys), hidden_BLS[..., first:end]
 
 
 def after(call: Call) -> Tensor:
     """bool [B, L, S]: keys behind the query, of a block of a segment that attends itself."""
-    query_BL1 = (call.query_starts[:, None] + torch.arange(call.num_queries))[..., None]
-    key_B1S = (call.key_starts[:, None] + torch.arange(call.num_keys))[:, None]
-    return key_B1S > query_BL1
+    return call.keys.indices_BL[:, None] > call.queries.indices_BL[..., None]
 
 
-def _add(into: Tensor, starts: Tensor, grad: Tensor, is_first: bool) -> None:
-    """Who comes first writes, the others add."""
-    grad = grad.to(into.dtype)
-    _put(into, starts, grad if is_first else grad + _take(into, starts, grad.shape[1]))
-
-
-def _take(x: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Ranges of `[T, ...]` as `[B, L, ...]`; a view where they are evenly spaced."""
-    step = _spacing(starts)
-    if step is None:
-        return x.index_select(0, _indices(starts, length)).view(len(starts), length, *x.shape[1:])
-    first = x[int(starts[0]) :]
-    return first.as_strided((len(starts), length, *x.shape[1:]), (step * x.stride(0), *x.stride()))
-
-
-def _put(into: Tensor, starts: Tensor, part: Tensor) -> None:
-    if _spacing(starts) is not None:
-        _take(into, starts, part.shape[1]).copy_(part)
-    else:  # no range twice: index_copy_, which unlike index_add_ runs in parallel
-        into.index_copy_(0, _indices(starts, part.shape[1]), part.flatten(0, 1))
-
-
-def _spacing(starts: Tensor) -> int | None:
-    """The distance of consecutive starts, if it is always the same (0 for a single one)."""
-    if len(starts) == 1:
-        return 0
-    steps = starts.diff()
-    return int(steps[0]) if bool((steps == steps[0]).all()) else None
-
-
-def _indices(starts: Tensor, length: int) -> Tensor:
-    return (starts[:, None] + torch.arange(length)).flatten()
-
-
-def calls(segments_M5: Tensor) -> Iterator[Call]:
+def calls(segments_M5: Tensor) -> list[Call]:
     """The calls of a tree: first all segments by themselves (that writes every token), then all inner nodes."""
+    return once_per_plan(segments_M5, ("calls of the cpu engine",), lambda: list(_calls(segments_M5)))
+
+
+def _calls(segments_M5: Tensor) -> Iterator[Call]:
     start, end, subtree_end = segments_M5[:, 0], segments_M5[:, 1], segments_M5[:, 2]
     lengths = end - start
     for length in lengths.unique().tolist():
-        starts = start[lengths == length]
-        yield Call(starts, starts, length, length, True, True)
+        itself = Ranges(start[lengths == length], length)
+        yield Call(itself, itself, True, True)
     inner = subtree_end > end
     below = subtree_end - end
-    for num_queries, num_keys in torch.stack([below[inner], lengths[inner]], 1).unique(dim=0).tolist():
-        chosen = inner & (below == num_queries) & (lengths == num_keys)
-        yield Call(end[chosen], start[chosen], num_queries, num_keys, False, False)
+    for queries, keys in torch.stack([below[inner], lengths[inner]], 1).unique(dim=0).tolist():
+        chosen = inner & (below == queries) & (lengths == keys)
+        yield Call(Ranges(end[chosen], queries), Ranges(start[chosen], keys), False, False)

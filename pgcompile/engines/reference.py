@@ -24,6 +24,14 @@ from .contract import TreeMask
 QUERY_BLOCK = 128
 
 
+def why_not(device: torch.device, dtype: torch.dtype) -> None:
+    """See contract.Engine: nothing is too much for the specification."""
+
+
+def why_not_call(size: int, mask: TreeMask) -> None:
+    """See contract.Engine."""
+
+
 def attention(
     q_1HTD: Tensor,
     k_1KTD: Tensor,

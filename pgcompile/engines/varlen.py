@@ -29,6 +29,7 @@ from torch import Tensor
 from . import reference
 from .contract import TreeMask
 from .cpu import merge, with_positive_scale
+from .per_plan import once_per_plan
 
 # The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
 # at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
@@ -52,11 +53,9 @@ def attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
-    if why_not_call(q_1HTD, v_1KTE, mask) is not None:
-        return reference.attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
     q_1HTD, scale, _ = with_positive_scale(q_1HTD, scale)
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
-    first, *levels = calls(mask, q.shape[1], k.shape[1], q.device)
+    first, *levels = planned_calls(mask, q, k)
     out_THE, lse_HT = _forward(first, q, k, v, scale)
     lse_TH = lse_HT.t()
     if levels:
@@ -80,16 +79,12 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
-    if why_not_call(q_1HTD, v_1KTE, mask) is not None:
-        return reference.attention_backward(
-            grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE, lse_1HT, mask, scale
-        )
     q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
     sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
     tensors = token_major(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE)
     q, k = tensors[1:3]
     lse_TH = lse_1HT[0].t()
-    first, *levels = calls(mask, q.shape[1], k.shape[1], q.device)
+    first, *levels = planned_calls(mask, q, k)
     grads = list(_backward(first, tensors, lse_TH, scale))
     if isinstance(first.keys, Tensor):  # keys were copied: the operator adds copies in a fixed order
         add_copies = torch.ops.pgcompile.gather_tokens_backward
@@ -113,7 +108,7 @@ def attention_backward(
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this engine can't run on `device` with `dtype`; None if it can."""
+    """See contract.Engine."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "flash attention with variable lengths needs an NVIDIA GPU"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -125,19 +120,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_call(q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask) -> str | None:
-    """Why this call runs on `reference`; None if the kernels can do it.
-
-    A column that is there counts as one that hides keys: to look at its values the host would have to wait.
-    """
-    size, segments = max(q_1HTD.shape[-1], v_1KTE.shape[-1]), len(mask.segments_M5)
+def why_not_call(size: int, mask: TreeMask) -> str | None:
+    """See contract.Engine."""
+    segments = len(mask.segments_M5)
     if size > MAX_SIZE:
         return f"flash attention has no kernel for heads of {size}"
     if segments > MAX_SEQUENCES:
         return f"flash attention takes at most {MAX_SEQUENCES} sequences, the tree has {segments} segments"
     if mask.key_valid or mask.same_value:
-        return "columns may hide keys, and flash attention takes no mask"
-    return why_not(q_1HTD.device, q_1HTD.dtype)
+        return "columns hide keys, and flash attention takes no mask"
+    return None
 
 
 # -- one call of the kernel --------------------------------------------------------------------------------------------
@@ -222,6 +214,13 @@ def _aligned(x_THD: Tensor, size: int) -> Tensor:
 
 
 # -- a tree as calls ---------------------------------------------------------------------------------------------------
+
+
+def planned_calls(mask: TreeMask, q_THD: Tensor, k_TKD: Tensor) -> list[Call]:
+    """`calls`, worked out once per plan."""
+    heads, key_heads, device = q_THD.shape[1], k_TKD.shape[1], q_THD.device
+    key = ("calls of varlen", heads, key_heads, mask.window, device)
+    return once_per_plan(mask.segments_M5, key, lambda: calls(mask, heads, key_heads, device))
 
 
 def calls(mask: TreeMask, heads: int, key_heads: int, device: torch.device) -> list[Call]:

@@ -80,8 +80,7 @@ def batch(name: str) -> Batch:
 
 
 def can_run(name: str, dtype: torch.dtype) -> bool:
-    why_not = getattr(ENGINES[name], "why_not", None)
-    return name == "reference" or (why_not is not None and why_not(DEVICE, dtype) is None)
+    return ENGINES[name].why_not(DEVICE, dtype) is None
 
 
 def inputs(batch: Batch, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tensor]:
