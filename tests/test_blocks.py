@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgcompile.engines import blocks
+from pgcompile.engines import blocks, per_plan
 from trees import Tree, random_tree, tree_of_rows
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 
 import pgcompile
 from harness import compiled, random_tree_batch, rewire
-from pgcompile.engines import blocks, triton
+from pgcompile.engines import blocks, per_plan, triton
 from test_ops import attend, brute_force, close_to, columns, gradients, home, inputs, use_small_tiles
 from trees import random_tree, tree_of_rows
 from zoo import ZOO
@@ -134,6 +134,8 @@ def test_a_model_equals_its_original_and_block_lists_are_built_once_for_all_laye
         fast(batch.input_ids.to(home("triton"))).square().sum().backward()
         assert len(built) == 2 * batches
     assert (pgcompile.stats().packed, pgcompile.stats().checked) == (2, 1)
+    del fast, model
+    torch._dynamo.reset()
     gc.collect()
     assert len(per_plan._built) == before, "lists that outlive their plan"
 
