@@ -33,7 +33,6 @@ from .graph import (
     aten,
     bound_args,
     call,
-    mutated_args,
     requires_grad,
     same_size,
     schema_of,
@@ -63,11 +62,12 @@ def canonicalize(gm: fx.GraphModule) -> None:
 
 def _erase_unused(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node, and what only it used."""
-    sources = node.all_input_nodes
-    graph.erase_node(node)
-    for source in sources:
-        if not source.users and source.op == "call_function" and not mutated_args(source):
-            _erase_unused(graph, source)
+    unused = [node]
+    while unused:
+        node = unused.pop()
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        unused += [n for n in sources if n.op == "call_function" and not n.users and not n.is_impure()]
 
 
 def _cast_like(graph: fx.Graph, node: fx.Node) -> fx.Node:

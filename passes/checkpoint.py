@@ -141,8 +141,12 @@ def _members(graph: fx.Graph, region: int) -> list[fx.Node]:
 
 
 def has_regions(gm: fx.GraphModule) -> bool:
-    """Is any node of the graph marked as checkpointed?"""
-    return any(_region(n) is not None for n in gm.graph.nodes)
+    """Is any node that makes a tensor marked as checkpointed? (Sizes leave nothing to find when they are traced.)"""
+    return any(_region(n) is not None and _makes_tensor(n) for n in gm.graph.nodes)
+
+
+def _makes_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val", node.meta.get("example_value")), torch.Tensor)
 
 
 def _region(node: fx.Node) -> int | None:

@@ -1,4 +1,4 @@
-"""Lookups laid side by side along positions → lookups in all of them, of which each token takes its own.
+"""Lookups laid side by side along positions → lookups for all positions, of which each takes its own.
 
     cat([table_a[a], table_b[b]], 1)    a [N, A], b [N, B]: virtual tokens before a prompt (prompt tuning), for instance
 
@@ -7,93 +7,145 @@
     where(part == 1, table_b[where(part == 1, ids, 0)], table_a[where(part == 0, ids, 0)])
 
 Ids and parts come from the caller's data, so they are key columns like any others, and virtual tokens are a shared
-prefix like any other. Where a token isn't a lookup's own, the lookup's gradient is zero.
+prefix like any other. Every position looks something up in every table, entry 0 if it isn't its own: that must exist,
+its gradient there is zero, and nobody may count how often it is looked up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx
 
-from .graph import aten, bound_args, call, is_mode_switch, mutated_args, same_size, shape, sizes
+from .graph import (
+    aten,
+    bound_args,
+    call,
+    is_mode_switch,
+    is_state,
+    mutated_args,
+    requires_grad,
+    same_size,
+    shape,
+    sizes,
+    val,
+)
+
+# Each table costs a lookup for all positions.
+MOST_PARTS = 4
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.alias.default}
-_REPEATS = {aten.repeat.default, aten.expand.default}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A lookup, and the casts of what it gave."""
+    """`[N, L, d]`: a table [V, d] at an index [N, L], [1, L] or [L] (None: at 0, 1, ..., V - 1), and casts of that.
 
-    lookup: fx.Node
+    Args:
+        first: the lookup's node, or what repeats the table.
+        options: of the lookup: its padding index.
+    """
+
+    first: fx.Node
+    table: fx.Node
+    index: fx.Node | None
+    options: tuple[Any, ...]
     casts: tuple[fx.Node, ...]
-
-    @property
-    def index(self) -> fx.Node:
-        return bound_args(self.lookup)[0][1]
 
 
 def join_lookups(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """The same as a `cat`, or None if it isn't one of lookups along positions."""
-    arguments = bound_args(node)[0]
-    if len(shape(node)) != 3 or arguments[1] not in (1, -2):
+    values, dim = bound_args(node)[0]
+    if len(shape(node)) != 3 or dim not in (1, -2) or not 2 <= len(values) <= MOST_PARTS:
         return None
-    found = [_part(n) for n in arguments[0]]
-    parts = [part for part in found if part is not None]
-    if len(parts) < len(found) or len(parts) < 2 or _is_anything_between(parts, node):
+    parts = [part for part in map(_part, values) if part is not None]
+    if len(parts) < len(values) or _is_anything_between(parts, node):
         return None
-    rows = next((p.index for p in parts if same_size(shape(p.index)[0], shape(node)[0])), None)
+    found = _indices(graph, parts, node)
+    return None if found is None else _join(graph, parts, found)
+
+
+def _indices(graph: fx.Graph, parts: Sequence[_Part], node: fx.Node) -> list[fx.Node] | None:
+    """The index of each part as [N, L]; None if none of them has all rows."""
+    indices = [_arange(graph, part.table) if part.index is None else part.index for part in parts]
+    rows = next((i for i in indices if len(shape(i)) == 2 and same_size(shape(i)[0], shape(node)[0])), None)
     if rows is None:
         return None
     number = sizes(graph, rows)[0]
-    indices = [call(graph, aten.expand.default, part.index, [number, -1]) for part in parts]
-    ids = call(graph, aten.cat.default, indices, 1)
+    return [call(graph, aten.expand.default, index, [number, -1]) for index in indices]
+
+
+def _join(graph: fx.Graph, parts: Sequence[_Part], indices: Sequence[fx.Node]) -> fx.Node:
+    ids = call(graph, aten.cat.default, list(indices), 1)
     numbers = [call(graph, aten.full_like.default, index, i) for i, index in enumerate(indices)]
     which = call(graph, aten.cat.default, numbers, 1)
-    joined: fx.Node | None = None
-    for i, part in enumerate(parts):
+
+    def own(i: int) -> tuple[fx.Node, fx.Node]:
+        """Which positions are part i's, and its values there."""
         is_own = call(graph, aten.eq.Scalar, which, i)
-        index = call(graph, aten.where.ScalarOther, is_own, ids, 0)
-        value = _again(graph, part, index)
-        if joined is not None:
-            value = call(
-                graph, aten.where.self, call(graph, aten.unsqueeze.default, is_own, -1), value, joined
-            )
-        joined = value
+        return is_own, _again(graph, parts[i], call(graph, aten.where.ScalarOther, is_own, ids, 0))
+
+    _, joined = own(0)
+    for i in range(1, len(parts)):
+        is_own, value = own(i)
+        joined = call(graph, aten.where.self, call(graph, aten.unsqueeze.default, is_own, -1), value, joined)
     return joined
-
-
-def _part(node: fx.Node) -> _Part | None:
-    casts: list[fx.Node] = []
-    while node.target in _CASTS or (node.target in _REPEATS and _repeats_rows(node)):
-        if node.target in _CASTS:
-            casts.append(node)
-        node = node.all_input_nodes[0]
-    if node.target is not aten.embedding.default or len(shape(node)) != 3:
-        return None
-    return _Part(node, tuple(reversed(casts)))
-
-
-def _repeats_rows(node: fx.Node) -> bool:
-    """Is one row repeated, and nothing else?"""
-    before, after = shape(node.args[0]), shape(node)
-    return len(before) == len(after) == 3 and before[0] == 1 and all(map(same_size, before[1:], after[1:]))
 
 
 def _again(graph: fx.Graph, part: _Part, index: fx.Node) -> fx.Node:
     """The lookup and its casts, for other indices."""
-    (table, _, *rest), _ = bound_args(part.lookup)
-    value = call(graph, aten.embedding.default, table, index, *rest)
+    value = call(graph, aten.embedding.default, part.table, index, *part.options)
     for cast in part.casts:
         value = call(graph, cast.target, value, *cast.args[1:], **cast.kwargs)
     return value
 
 
-def _is_anything_between(parts: list[_Part], last: fx.Node) -> bool:
+def _part(node: fx.Node) -> _Part | None:
+    casts: list[fx.Node] = []
+    last = node
+    while node.target in _CASTS or _repeats_rows(node):
+        if node.target in _CASTS:
+            casts.insert(0, node)
+        last, node = node, node.all_input_nodes[0]
+    if node.op == "placeholder" and (is_state(node) or requires_grad(node)) and len(shape(node)) == 2:
+        found = _Part(last, node, None, (), tuple(casts))
+    elif node.target is aten.embedding.default:
+        (table, index, *options), _ = bound_args(node)
+        if any(options[1:]):  # counts lookups (scale_grad_by_freq), or lists them (sparse)
+            return None
+        found = _Part(node, table, index, tuple(options), tuple(casts))
+        if len(shape(index)) not in (1, 2):
+            return None
+    else:
+        return None
+    entries = shape(found.table)[0]
+    return found if isinstance(entries, int) and entries > 0 else None
+
+
+def _repeats_rows(node: fx.Node) -> bool:
+    """Does it put the same [L, d] in each of its rows, from [L, d] or [1, L, d]?"""
+    if node.target not in (aten.repeat.default, aten.expand.default, aten.unsqueeze.default):
+        return False
+    before, after = shape(node.args[0]), shape(node)
+    is_one = len(before) == 2 or (len(before) == 3 and same_size(before[0], 1))
+    return is_one and len(after) == 3 and all(map(same_size, before[-2:], after[-2:]))
+
+
+def _arange(graph: fx.Graph, table: fx.Node) -> fx.Node:
+    """0, 1, ... for each entry of a table."""
+    entries, device = shape(table)[0], val(table).device
+    node = graph.call_function(aten.arange.default, (entries,), {"device": device})
+    with val(table).fake_mode:
+        node.meta["val"] = torch.arange(entries, device=device)
+    return node
+
+
+def _is_anything_between(parts: Sequence[_Part], last: fx.Node) -> bool:
     """Is there a switch of modes or a write between the first lookup and the `cat`? Lookups may not move past one."""
-    first = min(part.lookup for part in parts)
-    node = first.next
+    node = min(part.first for part in parts).next
     while node is not last:
         if is_mode_switch(node) or mutated_args(node):
             return True

@@ -42,10 +42,9 @@ def find_seeds(graph: fx.Graph) -> Seeds | Unsupported:
         )
     wide = next((n for n in floats if not by_ids and not isinstance(shape(n)[2], int)), None)
     if wide is not None:
-        text = "the width of the tokens is taken for a size that changes from call to call"
-        return Unsupported(
-            "ambiguous_seed", wide, text, "torch._dynamo.mark_static(x, -1) tells that it doesn't"
-        )
+        text = "the last size of what may be tokens [N, S, d] is taken for one that changes from call to call"
+        hint = "if it doesn't change: torch._dynamo.mark_static(x, 2) before the first call"
+        return Unsupported("ambiguous_seed", wide, text, hint)
     if any(not (same_size(s[0], sizes[0][0]) and same_size(s[1], sizes[0][1])) for s in sizes):
         where = (by_ids or floats)[-1]
         return Unsupported(

@@ -101,7 +101,9 @@ def without_gradient(a, b, t):
 
 
 JOINED = {
-    "two tables": (lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t[:, :2], b)], 1), True),
+    "two tables, with ids that only one of them has": (
+        lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t[:, :2] + 4, b)], 1), True,
+    ),
     "one row for all": (
         lambda a, b, t: torch.cat([F.embedding(t[:1], a).expand(3, -1, -1), F.embedding(t, b)], 1), True,
     ),
@@ -116,7 +118,26 @@ JOINED = {
         lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t, b)], 2), False,
     ),
     "more rows": (lambda a, b, t: torch.cat([F.embedding(t, a), F.embedding(t, b)], 0), False),
-    "with something else": (lambda a, b, t: torch.cat([F.embedding(t, a), a.expand(3, 7, 5)], 1), False),
+    "a whole table in each row": (lambda a, b, t: torch.cat([a.expand(3, 7, 5), F.embedding(t, b)], 1), True),
+    "a whole table, repeated and cast": (
+        lambda a, b, t: torch.cat([a.repeat(3, 1, 1).double().half(), F.embedding(t, b).half()], 1), True,
+    ),
+    "a row for all from a list": (
+        lambda a, b, t: torch.cat([F.embedding(t[0], a)[None].expand(3, -1, -1), F.embedding(t, b)], 1), True,
+    ),
+    "a part used twice": (lambda a, b, t: torch.cat([F.embedding(t, a)] * 2, 1), True),
+    "a part and its cast": (lambda a, b, t: (lambda e: torch.cat([e.float(), e], 1))(F.embedding(t, a)), True),
+    "no part": (lambda a, b, t: torch.cat([F.embedding(t[:, :0], a), F.embedding(t, b)], 1), True),
+    "a table that is empty": (lambda a, b, t: torch.cat([F.embedding(t[:, :0], a[:0]), F.embedding(t, b)], 1), False),
+    "gradients by frequency": (
+        lambda a, b, t: torch.cat([F.embedding(t[:, :2], a, scale_grad_by_freq=True), F.embedding(t, b)], 1), False,
+    ),
+    "sparse gradients": (
+        lambda a, b, t: torch.cat([F.embedding(t, a * 1, sparse=True), F.embedding(t, b)], 1).detach() + a[0], False,
+    ),
+    "many parts": (lambda a, b, t: torch.cat([F.embedding(t, a)] * 5, 1), False),
+    "tables computed": (lambda a, b, t: torch.cat([F.embedding(t, a * 2), F.embedding(t, b)], 1), True),
+    "not a table": (lambda a, b, t: torch.cat([F.embedding(t, a), a.sin().expand(3, 7, 5)], 1), False),
     "something computed": (lambda a, b, t: torch.cat([F.embedding(t, a) * 2, F.embedding(t, b)], 1), False),
     "positions repeated": (lambda a, b, t: torch.cat([F.embedding(t, a).repeat(1, 2, 1), F.embedding(t, b)], 1), False),
     "a write between": (written_between, False),
@@ -136,7 +157,7 @@ def test_lookups_side_by_side(name, dynamic):
         graphs[-1].graph.lint()
         return graphs[-1]
 
-    tables = [torch.randn(rows, 5, dtype=torch.float64, requires_grad=True) for rows in (7, 9)]
+    tables = [torch.nn.Parameter(torch.randn(rows, 5, dtype=torch.float64)) for rows in (7, 9)]
     labels = torch.randint(5, (3, 4))
     torch._dynamo.reset()
     found = torch.compile(function, backend=backend, dynamic=dynamic)(*tables, labels)

@@ -15,7 +15,7 @@ if BACKEND != "pgcompile":
     pytest.skip("about what pgcompile packs", allow_module_level=True)
 
 import pgcompile
-from pgcompile import inner
+from pgcompile import inner, passes
 from pgcompile.engines import reference
 
 LAYERS = 3
@@ -301,6 +301,32 @@ def test_bodies(wiring, inner_compiler):
         if a is not None:
             torch.testing.assert_close(a, b)
     assert pgcompile.stats().packed == 1
+
+
+def test_marks_that_tracing_lost_are_noticed(monkeypatch):
+    """A packed graph that isn't checkpointed would need more memory than was asked for."""
+    to_aten = passes.graph.to_aten
+
+    def forgetful(gm):
+        traced = to_aten(gm)
+        for node in traced.graph.nodes:
+            node.meta.pop("custom", None)
+        return traced
+
+    monkeypatch.setattr(passes.graph, "to_aten", forgetful)
+    found = pgcompile.explain(model(use_reentrant=False), **BATCH.inputs)
+    assert "lost which nodes" in str(found)
+
+
+def test_a_body_that_leaves_nothing():
+    """A size, say: no mark is missing."""
+
+    class Model(Bodies):
+        def forward(self, ids):
+            return super().forward(ids) * checkpoint(lambda x: x.shape[0], ids, use_reentrant=False)
+
+    found = pgcompile.explain(Model(lambda m, a, b, c, x: c(b(a(x)))), BATCH.input_ids % 32)
+    assert found.status == "packed" or "lost which nodes" not in str(found)
 
 
 class LateBody(nn.Module):

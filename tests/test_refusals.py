@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -98,6 +99,33 @@ def test_weights_that_redefine_operations():
     torch._dynamo.reset()
     found = torch.compile(model, backend="pgcompile", options={"inner": "eager"})(*arguments)
     assert torch.equal(found.a, model(*arguments).a)
+
+
+class Embedded(nn.Module):
+    """Gets tokens as floats [N, S, d]."""
+
+    def forward(self, x):
+        x = x[:, None]
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0] * 2
+
+
+@needs_pgcompile
+def test_a_width_that_is_taken_for_dynamic():
+    import pgcompile
+
+    def run(is_static):
+        torch._dynamo.reset()
+        pgcompile.reset_stats()
+        call = torch.compile(
+            Embedded(), backend="pgcompile", dynamic=True, options={"inner": "eager", "min_saving": 0}
+        )
+        x = torch.randn(4, 6, HIDDEN).expand(2, 4, 6, HIDDEN).flatten(0, 1).clone()
+        if is_static:
+            torch._dynamo.mark_static(x, 2)
+        return torch.equal(call(x), Embedded()(x)) or torch.allclose(call(x), Embedded()(x), atol=1e-6)
+
+    assert run(is_static=False) and pgcompile.stats().packed == 0
+    assert run(is_static=True) and pgcompile.stats().packed > 0  # as the hint says
 
 
 @needs_pgcompile

@@ -86,8 +86,8 @@ class Everywhere:
         self._seen: set[str] = set()  # classes that `only` left out
 
     def __get__(self, module: nn.Module | None, owner: type) -> Callable[..., Any] | None:
-        # Dynamo looks into this when it inlines a module with hooks
-        if module is None or torch.compiler.is_compiling():
+        is_inlined = torch.compiler.is_compiling()  # Dynamo looks here when it inlines a module with hooks
+        if module is None or is_inlined:
             return None
         is_other = id(module) in self._others or getattr(self._calling, "report", None) is not None
         if is_other or isinstance(module, _WRAPPERS):

@@ -1,8 +1,9 @@
 """`pgcompile run`: somebody's training script, with every language model in it through pgcompile.
 
 The script runs as `python script.py` would run it: it is `__main__`, with its own `sys.argv` and `sys.path[0]`, and
-what it raises, returns to the shell or does with signals is its own. Three things are switched on: `everywhere.py`, and
-as soon as those are imported, micro-batches that keep their groups in TRL's trainers and PEFT's DoRA in one graph.
+what it raises, returns to the shell or does with signals is its own. Three things are switched on: `everywhere.py`; and
+as soon as the script imports them, micro-batches that keep their groups in TRL's trainers, and DoRA in one graph in
+PEFT.
 """
 
 from __future__ import annotations

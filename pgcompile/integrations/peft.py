@@ -22,8 +22,10 @@ def trace_dora() -> None:
     """
     from peft.tuners.lora import dora
 
-    original = dora.dequantize_module_weight
-    if getattr(original, "is_traceable", False):
+    original = getattr(dora, "dequantize_module_weight", None)
+    if original is None or getattr(
+        original, "is_traceable", False
+    ):  # None: a version that may be traceable by itself
         return
 
     def dequantize_module_weight(module: nn.Module) -> Any:
