@@ -24,7 +24,7 @@ from .graph import ancestors, aten, descendants, is_mode_switch
 from .packed_graphs import Head, HeadOutput, Source
 from .subgraph import drop_dead, module_of
 from .unpack import gather_entries, label_loss, label_request, loss_request
-from .verify import TOKENS
+from .verify import SCORED, TOKENS
 
 # A vocabulary: wider than what feeds it, and wide enough for its values to matter.
 MIN_WIDTH, MIN_RATIO = 1024, 4
@@ -41,7 +41,7 @@ def split_head(
         return None
     region = descendants(widest)
     order = list(packed.graph.nodes)
-    if any(_is_opaque(n) for n in region):
+    if any(_is_opaque(n) for n in region) or len({_tokens(n) for n in region if n.op == "call_function"}) > 1:
         return None
     width = _width(widest[0])
     results = list(packed.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def split_head(
         trunk, trunk_outputs, _head_module(packed, order, region, list(feeding), [results[o.index] for o in outputs]),
         sources, outputs, _requests(late, [node for node, _ in lookups]), [index for _, index in lookups], width,
         widest[0].meta["packed"][1].itemsize,
-        [n.name for n in order if n in region],
+        [n.name for n in order if n in region], SCORED in widest[0].meta["packed"][0],
     )  # fmt: skip
 
 
@@ -83,12 +83,19 @@ def _widest_linears(graph: fx.Graph) -> list[fx.Node]:
 def _width(node: fx.Node) -> int:
     """Numbers of each token; 0 if the tokens aren't in a dim of their own."""
     shape, _ = node.meta["packed"]
-    return math.prod(shape) // TOKENS if TOKENS in shape else 0
+    dim = _token_dim(node)
+    return 0 if dim is None else math.prod(shape) // shape[dim]
 
 
 def _token_dim(node: fx.Node) -> int | None:
     shape, _ = node.meta["packed"]
-    return shape.index(TOKENS) if TOKENS in shape else None
+    return next((dim for dim, size in enumerate(shape) if size in (TOKENS, SCORED)), None)
+
+
+def _tokens(node: fx.Node) -> int:
+    """All of them, or the scored ones."""
+    dim = _token_dim(node)
+    return 0 if dim is None else int(node.meta["packed"][0][dim])
 
 
 def _is_opaque(node: fx.Node) -> bool:
@@ -122,7 +129,7 @@ def _sources(graph: fx.Graph, feeding: list[fx.Node]) -> list[Source] | None:
             return None
         shape, dtype = node.meta["packed"]
         token_dim = _token_dim(node)
-        if any(size % TOKENS == 0 and size != TOKENS and size for size in shape):
+        if any(size % n == 0 and size != n and size for size in shape for n in (TOKENS, SCORED)):
             return None  # tokens and something else in one dim
         if node.op == "placeholder":
             found.append(Source("input", placeholders.index(node), token_dim, dtype))

@@ -24,6 +24,7 @@ from .padding import Guards
 from .propagate import Analysis, Value
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, STREAM, WEIGHT
+from .scored import scored_selections
 from .subgraph import (
     drop_dead,
     first_alike,
@@ -57,6 +58,7 @@ class Lowering:
         self.data_masks: dict[fx.Node, int] = {}
         self.mask_columns: dict[MaskColumns, int] = {}
         self.position_is_key = False
+        self.scored = scored_selections(analysis, self.live)
         self.packed = PackedSide(self)
         self.late = LateSide(self, self.packed)
 
@@ -177,6 +179,8 @@ class Lowering:
         formulas = {m.formula.data: m.formula for m in self.matches.values()}
         for factor in (f for group in self.guards.groups for f in group):
             self.late.note_cuts(factor.selection)
+        for selection in self.scored:
+            self.late.note_cuts(selection)
         guards = [[(self.result(f.node), f) for f in group] for group in self.guards.groups]
         leaves = tree_leaves(self.gm.graph.output_node().args[0])
         outputs = [self.late.tokens_of(leaf) for leaf in leaves]
@@ -213,6 +217,7 @@ class Lowering:
             matches=list(self.matches.values()),
             outputs=outputs,
             to_zero=to_zero,
+            scored=self.scored,
         )
 
     def mask_columns_of(self, match: AttentionMatch) -> int:

@@ -101,14 +101,16 @@ class LateSide:
     def _map(self, selection: Selection, source: str = "token_of") -> fx.Node:
         """The map from the tokens of a selection to packed tokens: the same cuts, applied to a map [N, S].
 
-        `source` is "token_of", or "class_of", which has -1 where a token was dropped.
+        `source` is "token_of", or "class_of", which has -1 where a token was dropped. Where tokens were picked out, the
+        map leads to those.
         """
         if selection.parent is None:
             return self._input(source, 0)
         found = self.maps.get((id(selection), source))
         if found is None:
             target, args = _cut(selection)
-            parent = self._map(selection.parent, source)
+            is_scored = selection in self.whole.scored
+            parent = self._input(f"scored_{source}", 0) if is_scored else self._map(selection.parent, source)
             found = self.graph.call_function(target, (parent, *fx.map_arg(args, self.value)))
             self.maps[(id(selection), source)] = found
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .graph import aten, bound_args, node_arg, val
-from .layout import POSITION, ROW, Dim, is_token_factor
+from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
 from .packed_graphs import Input
 from .rules import PROLOGUE, STREAM
 
@@ -95,12 +95,27 @@ class PackedSide:
 
     def alias(self, node: fx.Node, outcome: Any) -> fx.Node:
         """The same tokens; a node of its own, since under `no_grad` it is detached from its source."""
-        source = self.value(outcome.detail or node_arg(node, 0))
-        return self.graph.call_function(aten.alias.default, (source,))
+        source = outcome.detail or node_arg(node, 0)
+        if self._picks(source, outcome.layout):
+            return self._scored(source)
+        return self.graph.call_function(aten.alias.default, (self.value(source),))
+
+    def _picks(self, source: fx.Node, layout: TokenLayout) -> bool:
+        """Does this cut leave tokens that are to be picked out?"""
+        is_whole = self.whole.analysis.values[source].layout.selection.is_whole
+        return is_whole and layout.selection in self.whole.scored
+
+    def _scored(self, node: fx.Node) -> fx.Node:
+        """The scored ones of a value's tokens."""
+        layout = self.whole.analysis.values[node].layout
+        dim = layout.dim_of(POSITION if layout.has(POSITION) else ROW)
+        index = self._input(Input("scored"), "scored")
+        return self.graph.call_function(aten.index_select.default, (self.value(node), dim, index))
 
     def drop_dim(self, node: fx.Node, outcome: Any) -> fx.Node:
         """One position of every row, or one row: the dim of size 1 goes, T stays."""
-        x = self.value(node_arg(node, 0))
+        source = node_arg(node, 0)
+        x = self._scored(source) if self._picks(source, outcome.layout) else self.value(source)
         row_dim, dropped = outcome.detail
         if dropped != row_dim:
             x = self.graph.call_function(aten.transpose.int, (x, row_dim, dropped))

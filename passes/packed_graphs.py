@@ -20,7 +20,7 @@ class Input:
     Args:
         kind: "argument" (the graph's own argument `index`), "value" (prologue result `index`, the same for all
             tokens), "column" (prologue result `index`, packed by `dims`), or a tensor of the plan ("subtree_end",
-            "depth", "segments", "positions", "hides" of the set of mask columns `index`).
+            "depth", "segments", "positions", "scored", "hides" of the set of mask columns `index`).
         index: which argument, prologue result, data mask or set of mask columns.
         dims: for columns, what their dims are.
     """
@@ -61,6 +61,7 @@ class Head:
         request_outputs: the packed output that each of them looks into.
         width, itemsize: V, of the widest values, and bytes of one of their numbers.
         recomputed: operations that backward computes again, by name.
+        is_scored: its tokens are the scored ones.
     """
 
     trunk: fx.GraphModule
@@ -73,6 +74,7 @@ class Head:
     width: int
     itemsize: int
     recomputed: list[str]
+    is_scored: bool
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class PackedGraphs:
         to_zero: the outputs that the late graph computed, token by token: what they are at dropped tokens says nothing.
         head: the packed graph's head, if it can run in chunks.
         data_masks: masks to be checked at each call: prologue result, additive?, negated?
+        scored: the selections whose tokens are picked out of the packed ones (`scored.py`).
     """
 
     prologue: fx.GraphModule
@@ -126,6 +129,7 @@ class PackedGraphs:
     matches: list[AttentionMatch]
     outputs: list[TokenLayout | None]
     to_zero: list[int]
+    scored: set[Selection]
     head: Head | None = None
 
 

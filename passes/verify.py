@@ -8,15 +8,16 @@ import torch
 from torch import fx
 
 from .graph import requires_grad, val
-from .layout import POSITION, ROW, Dim, Sorted, TokenLayout, is_token_factor
+from .layout import POSITION, ROW, Dim, Selection, Sorted, TokenLayout, is_token_factor
 from .packed_graphs import PackedGraphs
 from .reasons import Unsupported
+from .scored import is_scored
 
-TOKENS = 7919  # a prime that no model has as a size
+TOKENS, SCORED = 7919, 7907  # primes that no model has as a size
 
 
 def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
-    """Fake-propagate the packed graph with `TOKENS` tokens.
+    """Fake-propagate the packed graph with `TOKENS` tokens, `SCORED` of them scored.
 
     Returns:
         `verification_failed` at the first node whose shape or dtype isn't the predicted one, else None.
@@ -24,7 +25,7 @@ def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        checker = _Checker(graphs.packed)
+        checker = _Checker(graphs.packed, graphs.scored)
         inputs = fake_inputs(graphs, aten_gm, TOKENS)
         if isinstance(inputs, Unsupported):
             return inputs
@@ -33,9 +34,10 @@ def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
 
 
 def fake_inputs(
-    graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any, segments: Any = 5
+    graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any, segments: Any = 5, scored: Any = SCORED
 ) -> list[Any] | Unsupported:
-    """The packed graph's inputs for numbers of tokens and segments (ints or SymInts), under the active fake mode."""
+    """The packed graph's inputs for numbers of tokens, segments and scored tokens (ints or SymInts), under the active
+    fake mode."""
     placeholders = aten_gm.graph.find_nodes(op="placeholder")
     made: list[Any] = []
     for spec in graphs.inputs:
@@ -61,6 +63,8 @@ def fake_inputs(
             )
         elif spec.kind == "segments":
             made.append(torch.empty((segments, 5), dtype=torch.int64, device="cpu"))
+        elif spec.kind == "scored":
+            made.append(torch.empty((scored,), dtype=torch.int64, device=_device(graphs)))
         elif spec.kind == "hides":
             made.append(torch.empty((2,), dtype=torch.bool, device="cpu"))
         elif spec.kind == "data_mask":
@@ -102,6 +106,10 @@ class _Checker(fx.Interpreter):
 
     failure: Unsupported | None = None
 
+    def __init__(self, gm: fx.GraphModule, scored: set[Selection]) -> None:
+        super().__init__(gm)
+        self.scored = scored
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, torch.Tensor):
@@ -116,11 +124,11 @@ class _Checker(fx.Interpreter):
         return result
 
     def _compare(self, n: fx.Node, found: Any, layout: TokenLayout, original: Any) -> None:
-        shape = []
+        shape, tokens = [], SCORED if is_scored(layout, self.scored) else TOKENS
         for dim, size in zip(layout.dims, layout.packed_shape(), strict=True):
             factors = [g for f in dim for g in (f.factors if isinstance(f, Sorted) else (f,))]
             plain = [f for f in factors if isinstance(f, int)]
-            shape.append(TOKENS * torch.Size(plain).numel() if size == -1 else size)
+            shape.append(tokens * torch.Size(plain).numel() if size == -1 else size)
         if list(found.shape) != shape or found.dtype != original.dtype:
             text = f"{n.target} gives {list(found.shape)} {found.dtype}, predicted {shape} {original.dtype}"
             self.failure = Unsupported("verification_failed", n.meta["original"], text)

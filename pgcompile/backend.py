@@ -226,19 +226,20 @@ class PackedCall:
         inputs = [args[spec.index] if spec.kind == "argument" else None for spec in self.graphs.inputs]
         for at, spec in self.made_inputs:
             inputs[at] = self._input(spec, results, plan)
-        if plan.tokens == 1:
+        if plan.tokens == 1 or (plan.scored is not None and plan.scored.tokens == 1):
             # sizes of 1 are special to compilers, and there is nothing to gain
             return self.eager_packed, inputs
         graphs = self.graphs
         if graphs.head is not None:
-            report.head_chunks = number_of_chunks(graphs.head, plan.tokens)
+            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan))
             if report.head_chunks:
                 graphs = replace(graphs, packed=graphs.head.trunk)
         key = modes(), report.head_chunks > 0
         family = self.families.get(key)
         if family is None:
             family = self.families[key] = family_of(graphs, self.aten, self.options)
-        return compiled_packed(family, graphs, self.aten, plan.tokens, self.options), inputs
+        scored = 0 if plan.scored is None else plan.scored.tokens
+        return compiled_packed(family, graphs, self.aten, plan.tokens, scored, self.options), inputs
 
     @functools.cached_property
     def eager_packed(self) -> fx.GraphModule:
@@ -252,7 +253,14 @@ class PackedCall:
         head = self.graphs.head
         assert head is not None
         requests = head.requests(*self._late_inputs(args, results, None, plan))
-        return run_head(head, values, inputs, requests, plan.tokens, report.head_chunks)
+        return run_head(head, values, inputs, requests, self._head_tokens(plan), report.head_chunks)
+
+    def _head_tokens(self, plan: Plan) -> int:
+        assert self.graphs.head is not None
+        if not self.graphs.head.is_scored:
+            return plan.tokens
+        assert plan.scored is not None
+        return plan.scored.tokens
 
     def _input(self, spec: Input, results: Sequence[Any], plan: Plan) -> Any:
         if spec.kind == "value":
@@ -263,6 +271,9 @@ class PackedCall:
             return plan.data_valid[spec.index][plan.row, plan.position]
         if spec.kind == "hides":
             return plan.hides[spec.index]
+        if spec.kind == "scored":
+            assert plan.scored is not None
+            return plan.scored.index
         return {
             "subtree_end": plan.subtree_end, "depth": plan.depth, "segments": plan.segments, "positions": plan.position,
         }[spec.kind]  # fmt: skip
@@ -290,6 +301,11 @@ class PackedCall:
             "class_of": (plan.class_of,),
             "token_of": (plan.token_of,),
         }
+        if plan.scored is not None:
+            sources |= {
+                "scored_class_of": (plan.scored.class_of,),
+                "scored_token_of": (plan.scored.token_of,),
+            }
         return [
             None if values is None else values[index]
             for values, index in ((sources[source], index) for source, index in self.graphs.late_inputs)

@@ -31,18 +31,23 @@ from .passes.packed_graphs import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
 from .report import log
 
+Bounds = tuple[float, float]
+
 
 class Artifact:
-    """A compiled packed graph, and the numbers of tokens it serves: all, unless the inner compiler chose code by size.
+    """A compiled packed graph, and the numbers of tokens, and of scored ones, that it serves.
 
-    (Inductor's C++ code sums more than 4096 numbers in another way than fewer, and guards on that.)
+    These are all, unless the inner compiler chose code by size. (Inductor's C++ code sums more than 4096 numbers in
+    another way than fewer, and guards on that.)
     """
 
-    def __init__(self, call: Callable[..., Any], least: float, most: float) -> None:
-        self.call, self.least, self.most = call, least, most
+    def __init__(
+        self, call: Callable[..., Any], tokens: Bounds = (0, math.inf), scored: Bounds = (0, math.inf)
+    ) -> None:
+        self.call, self.tokens, self.scored = call, tokens, scored
 
-    def serves(self, tokens: int) -> bool:
-        return self.least <= tokens <= self.most
+    def serves(self, tokens: int, scored: int) -> bool:
+        return self.tokens[0] <= tokens <= self.tokens[1] and self.scored[0] <= scored <= self.scored[1]
 
 
 class Family:
@@ -95,44 +100,49 @@ def family_of(graphs: PackedGraphs, aten_gm: fx.GraphModule, options: Options) -
 
 
 def compiled_packed(
-    family: Family, graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, options: Options
+    family: Family, graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, scored: int, options: Options
 ) -> Callable[..., Any]:
-    """The compiled packed graph for a number of tokens; compiles it on first use.
+    """The compiled packed graph for numbers of tokens and scored tokens; compiles it on first use.
 
     Raises:
         RuntimeError: if the inner compiler specialised the number of tokens other than to a range.
     """
     for artifact in family.artifacts:
-        if artifact.serves(tokens):
+        if artifact.serves(tokens, scored):
             return artifact.call
     with compile_lock:
-        if not any(a.serves(tokens) for a in family.artifacts):
-            family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, options))
+        if not any(a.serves(tokens, scored) for a in family.artifacts):
+            family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
             stats.count(compiles=1)
-    return next(a.call for a in family.artifacts if a.serves(tokens))
+    return next(a.call for a in family.artifacts if a.serves(tokens, scored))
 
 
-def _compile_packed(graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, options: Options) -> Artifact:
+def _compile_packed(
+    graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, scored: int, options: Options
+) -> Artifact:
     if options.inner == "eager":
-        return Artifact(without_compiler(graphs.packed), 0, math.inf)
+        return Artifact(without_compiler(graphs.packed))
     env = ShapeEnv()
-    size = _dynamic_size(env, "tokens", tokens)
-    # the hint is odd and large: a size equal to another one could be taken for it
+    # hints of what isn't known are odd and large: a size equal to another one could be taken for it
+    sizes = [_dynamic_size(env, "tokens", tokens), _dynamic_size(env, "scored", scored or 100019)]
     segments = _dynamic_size(env, "segments", 100003)
     with FakeTensorMode(shape_env=env):
-        inputs = packed_inputs(graphs, aten_gm, size, segments)
+        inputs = packed_inputs(graphs, aten_gm, sizes[0], segments, sizes[1])
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
     call = compile_inner(_copy(graphs.packed), inputs, options)
-    least, most = 0.0, math.inf
+    served: list[Bounds] = [(0, math.inf)] * len(sizes)
     for guard in env.guards:
-        bounds = _bounds(guard.expr, size.node.expr)
-        if bounds is None:
+        found = [_bounds(guard.expr, size.node.expr) for size in sizes]
+        if all(bounds is None for bounds in found):
             raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guard.expr}")
-        least, most = max(least, bounds[0]), min(most, bounds[1])
-    return Artifact(call, least, most)
+        served = [
+            (max(old[0], new[0]), min(old[1], new[1])) if new is not None else old
+            for old, new in zip(served, found, strict=True)
+        ]
+    return Artifact(call, *served)
 
 
-def _bounds(guard: Any, symbol: Any) -> tuple[float, float] | None:
+def _bounds(guard: Any, symbol: Any) -> Bounds | None:
     """The numbers of tokens that a guard allows, if it is a bound, `a * T + b <= c`; None for anything else."""
     import sympy
 

@@ -27,6 +27,7 @@ from .packed_tree import PackedTrees
 from .passes.layout import POSITION, ROW, TokenLayout, is_token_factor
 from .passes.packed_graphs import PackedGraphs
 from .prefix_tree import PrefixTree, encode_columns
+from .scored import Scored, find_scored
 
 # A branch makes every engine handle a segment more; measured on CPU that costs about as much as 16 tokens.
 MIN_SHARED = 16
@@ -44,6 +45,7 @@ class Plan:
         row, position: int64 [T], where each packed token's representative stands.
         subtree_end, depth: int64 [T]; token k is an ancestor of q (or q) iff `k <= q < subtree_end[k]`.
         segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
+        scored: the tokens that the head is computed for, if that aren't all.
         hides: for each of `PackedGraphs.mask_columns`, on the host, bool [2]: does `key_valid` hide a token that wasn't
             dropped, and does `same_value` hide one in a token's own row?
         data_valid: for each mask that is data, bool [N, S]: which keys it allows.
@@ -63,6 +65,7 @@ class Plan:
     subtree_end: Tensor
     depth: Tensor
     segments: Tensor
+    scored: Scored | None
     hides: list[Tensor]
     data_valid: list[Tensor]
     valid_tokens: int
@@ -109,7 +112,7 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, 
     _refuse_masks(graphs, columns, kept)
     plan = Plan(
         n, s, packed.tree, packed.class_of, packed.token_of, packed.row, packed.position, packed.subtree_end,
-        packed.depth, packed.segments, _hides(graphs, columns, kept), data_valid,
+        packed.depth, packed.segments, find_scored(graphs, results, packed), _hides(graphs, columns, kept), data_valid,
         valid_tokens=int((end - first).sum()),
         dense_pairs=n * s * (s + 1) // 2,
         packed_pairs=int((packed.tree.depth + 1).sum()),
