@@ -1,6 +1,9 @@
 # make demo      the main job: GRPO without and with pgcompile, writes grpo_arithmetic.png
 # make test      lint, types and the tests (under 30 minutes on 2 cores)
 # make test-all  the same with the tests marked slow
+# make gpu       on a machine with an NVIDIA GPU: its tests, then its benchmarks, into docs/benchmarks. Installs nothing but a
+#                link to this folder, so it needs no network. Each part (make -n gpu names them) takes under 9 minutes;
+#                a benchmark that isn't done by then fails with 3, and goes on where it was when it is called again.
 #
 # The first call creates .venv. To use an environment of your own, name it: make test VENV=/path. Nothing is downloaded
 # into that one: it needs torch and the extras dev and examples already, and gets only a link to this folder.
@@ -17,7 +20,13 @@ STAMP := $(VENV)/.pgcompile-installed
 TREE  := .mypy_cache/tree/pgcompile
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-all lint types format clean
+GPU_PYTHON := $(PYTHON)
+GPU_BENCH  := $(GPU_PYTHON) -m pgcompile bench --device cuda --dtype bf16 --budget-seconds 420
+GPU_FOLDER := docs/benchmarks
+GPU_GRIDS  := published-qwen3-0.6b published-qwen3-4b published-qwen3-8b \
+              cases-qwen3-0.6b paper-qwen3-0.6b paper-qwen3-4b paper-qwen3-8b
+
+.PHONY: demo test test-all lint types format clean gpu gpu-install gpu-tests $(GPU_GRIDS:%=gpu-%)
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -38,6 +47,20 @@ types: $(STAMP)
 	rm -rf $(TREE) && mkdir -p $(TREE)
 	ln -s "$(CURDIR)"/pgcompile/* "$(CURDIR)/passes" $(TREE)
 	$(BIN)/mypy | sed 's|^$(TREE)/passes|passes|; s|^$(TREE)|pgcompile|'
+
+gpu: gpu-tests $(GPU_GRIDS:%=gpu-%)
+
+gpu-install:
+	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+
+gpu-tests: gpu-install
+	$(GPU_PYTHON) -m pytest -q tests/gpu tests/test_ops.py tests/triton_checks.py
+
+# gpu-GRID-MODEL; of the 8B model, eight layers
+$(GPU_GRIDS:%=gpu-%): gpu-%: gpu-install
+	mkdir -p $(GPU_FOLDER)
+	$(GPU_BENCH) --grid $(firstword $(subst -, ,$*)) --model $(patsubst $(firstword $(subst -, ,$*))-%,%,$*) \
+	  $(if $(findstring 8b,$*),--layers 8) --json $(GPU_FOLDER)/gpu-$*.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
