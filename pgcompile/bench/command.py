@@ -179,6 +179,7 @@ def _measured(
     device = torch.device(given["device"])
     if device.type == "cpu":
         keep_freed_memory()
+    torch._dynamo.reset()
     longest = max(case.most_tokens for case in plan.cases)
     model = build_model(given["model"], given["layers"], longest, DTYPES[given["dtype"]], device)
     work = count_work(model)

@@ -51,7 +51,6 @@ def measure(
         options: of the pgcompile backend.
         tell: gets a word about what is being done.
     """
-    torch._dynamo.reset()  # so that each case is compiled for itself, as a job with batches of this shape would
     device = next(model.module.parameters()).device
     phase = case.phase or phase
     batch = build(case, model.vocab_size).to(device)

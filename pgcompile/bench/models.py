@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Model:
         fixed: arguments of every call.
         has_mask: takes an attention mask.
         has_logits_to_keep: computes logits for the positions it is told.
+        compiled: what contestants compiled, by name: one job meets many shapes, and compiles for the first few.
     """
 
     module: nn.Module
@@ -74,6 +75,7 @@ class Model:
     fixed: dict[str, Any]
     has_mask: bool
     has_logits_to_keep: bool
+    compiled: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_transformers(self) -> bool:
