@@ -137,8 +137,8 @@ def build_model(
     embedding = next((m for m in module.modules() if isinstance(m, nn.Embedding)), None)
     if embedding is None:
         raise click.ClickException(f"{name}: the model has no nn.Embedding, so it takes no tokens")
-    names = ("attention_mask", "logits_to_keep")
-    return Model(module, embedding.num_embeddings, fixed, *(name in parameters for name in names))
+    has_mask, has_logits_to_keep = (name in parameters for name in ("attention_mask", "logits_to_keep"))
+    return Model(module, embedding.num_embeddings, fixed, has_mask, has_logits_to_keep)
 
 
 def _from_config(name: str, layers: int | None, positions: int) -> nn.Module:
