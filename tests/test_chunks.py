@@ -51,7 +51,7 @@ def check(function, *args, chunked, model=None, **details):
             function, (model or small_llama(), batch.input_ids, batch.attention_mask, *args),
             kept=batch.kept[:, 1:], fullgraph=True, expect_status="packed", **details,
         )  # fmt: skip
-    assert len(chunked) == 1 and chunked[0] > 3
+    assert len(chunked) == 1 and chunked[0] > 1  # fewer where logits are asked for at some positions only
 
 
 @pytest.mark.parametrize("spelling", LOGPROBS, ids=lambda f: f.__name__)

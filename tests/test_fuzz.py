@@ -554,8 +554,8 @@ def plan_of(compiled: Compiled, batch: Columns, keep_all: bool):
     plans = []
     original = backend.build_plan
 
-    def recording(graphs, results, **_):
-        plans.append(original(graphs, results, keep_all=keep_all))
+    def recording(graphs, results, _, trees):
+        plans.append(original(graphs, results, keep_all, trees))
         return plans[-1]
 
     backend.build_plan = recording

@@ -361,6 +361,8 @@ def run_packed(
     for spec in graphs.inputs:
         if spec.kind == "column":
             packed_inputs.append(pack(results[spec.index], spec.dims, batch))
+        elif spec.kind == "hides":
+            packed_inputs.append(torch.tensor([True, True]))
         else:
             packed_inputs.append({"argument": inputs, "value": results}.get(spec.kind, tensors)[
                 spec.kind if spec.kind in tensors else spec.index
