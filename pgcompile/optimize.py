@@ -89,7 +89,7 @@ def explain(
         else:
             explanation.batches.append(report)
 
-    target = _fresh(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
+    target = with_own_code(fn._call_impl if isinstance(fn, torch.nn.Module) else fn)
     backend = functools.partial(pgcompile, options=chosen, collector=collect, survey=True)
     compiled = torch.compile(target, backend=backend)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -150,12 +150,12 @@ def _is_filled(cell: Any) -> bool:
         return False
 
 
-def _fresh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A caller of `fn` with a code object of its own: Dynamo counts recompilations by code object, and `explain`
-    must not use up those of the user's function."""
+def with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A caller of `fn` with a code object of its own: Dynamo counts recompilations by code object, and nobody else's
+    are to be used up."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
 
-    code = call.__code__.replace(co_name="explained")
+    code = call.__code__.replace(co_name=getattr(fn, "__name__", "call"))
     return types.FunctionType(code, call.__globals__, closure=call.__closure__)

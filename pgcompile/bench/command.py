@@ -190,7 +190,7 @@ def _measured(
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, torch._dynamo.config.patch(recompile_limit=64):
         # by tokens, which says more about the time left than the number of cases
         task = progress.add_task(
             "", total=sum(case.most_rows * case.most_tokens for case in cases), number=""

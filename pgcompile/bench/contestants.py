@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import pgcompile
+from ..optimize import with_own_code
 from ..report import BatchReport, GraphReport
 from . import peers
 from .cases import Batch
@@ -54,7 +55,7 @@ def dense(setup: Setup) -> Run:
 
 def dense_compiled(setup: Setup) -> Run:
     """Inductor."""
-    run = setup.model.compiled.setdefault("dense-compiled", torch.compile(token_logprobs))
+    run = setup.model.compiled.setdefault("dense-compiled", torch.compile(with_own_code(token_logprobs)))
     model, batch = setup.model, setup.batch
     return lambda: run(model, batch.ids, batch.answer_positions)
 
@@ -64,7 +65,7 @@ def packed(setup: Setup) -> Run:
     compiled = setup.model.compiled
     if OURS not in compiled:
         backend = functools.partial(pgcompile, options=setup.options, collector=setup.reports.append)
-        compiled[OURS] = torch.compile(token_logprobs, backend=backend), setup.reports
+        compiled[OURS] = torch.compile(with_own_code(token_logprobs), backend=backend), setup.reports
     run, setup.reports = compiled[OURS]
     setup.reports[:] = [report for report in setup.reports if isinstance(report, GraphReport)]
     model, batch = setup.model, setup.batch
