@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .prefix_tree import CodeArray, IntArray, PrefixTree, build_prefix_tree
 
-# What one graph holds, in bytes: about ten batches of 64 rows of 2048 tokens.
+# What one graph holds: enough for a few epochs over a step's micro-batches; in bytes, ten of 64 rows of 2048 tokens.
+MOST_HELD = 16
 HELD_BYTES = 1 << 26
 
 
@@ -101,8 +102,8 @@ class PackedTrees:
         return tree, found is not None
 
     def _hold(self, tree: PackedTree) -> None:
-        """The latest first, up to `HELD_BYTES`; at least one."""
+        """The latest first, up to `MOST_HELD` and `HELD_BYTES`; at least one."""
         _known.add(tree)
-        latest = [tree, *(t for t in self._held if t is not tree)]
+        latest = [tree, *(t for t in self._held if t is not tree)][:MOST_HELD]
         sizes = accumulate(t.nbytes for t in latest)
         self._held = [t for t, size in zip(latest, sizes, strict=True) if size <= HELD_BYTES] or [tree]

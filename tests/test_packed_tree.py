@@ -101,6 +101,16 @@ def test_another_question_gets_another_tree(other):
     assert not is_known and another is not tree
 
 
+def test_the_latest_are_held_up_to_a_number():
+    trees = PackedTrees()
+    for n in range(2 * packed_tree.MOST_HELD):
+        trees.find(**{**ARGUMENTS, "min_shared": n})
+    gc.collect()
+    assert {t.min_shared for t in packed_tree._known} == {
+        *range(packed_tree.MOST_HELD, 2 * packed_tree.MOST_HELD)
+    }
+
+
 def test_the_latest_are_held_up_to_a_size(monkeypatch):
     trees = PackedTrees()
     sizes = [trees.find(**{**ARGUMENTS, "min_shared": n})[0].nbytes for n in range(4)]
