@@ -29,17 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import (
-    aten,
-    bound_args,
-    call,
-    requires_grad,
-    same_size,
-    schema_of,
-    shape,
-    sizes,
-    val,
-)
+from .graph import aten, bound_args, call, requires_grad, same_size, schema_of, shape, sizes, val
 from .joined_lookups import join_lookups
 from .rules.losses import ELEMENTWISE_LOSSES
 

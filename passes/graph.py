@@ -192,6 +192,11 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def size_hint(size: Any) -> int:
+    """What a size was when the batch was traced. Adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that they depend on."""
     found: set[fx.Node] = set()

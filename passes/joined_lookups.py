@@ -32,7 +32,7 @@ from .graph import (
     shape,
     sizes,
     val,
-)
+)  # fmt: skip
 
 # Each table costs a lookup for all positions.
 MOST_PARTS = 4

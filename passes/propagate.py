@@ -31,6 +31,7 @@ from .graph import (
     mutated_args,
     same_size,
     shape,
+    size_hint,
     val,
 )
 from .layout import POSITION, Dim, Selection, TokenLayout, plain
@@ -347,17 +348,13 @@ def _multiply_adds(node: fx.Node) -> int:
     if operand is None or not is_tensor(node):
         return 0
     inner = shape(node.args[operand])[-1]
-    return math.prod(_hint(s) for s in (*shape(node), inner))
+    return math.prod(size_hint(s) for s in (*shape(node), inner))
 
 
 _PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
     aten.baddbmm.default: 1, aten.scaled_dot_product_attention.default: 1,
 }  # fmt: skip
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _symbolic_argument(args: Any, kwargs: Any) -> Any:

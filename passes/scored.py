@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import aten, bound_args, is_tensor
+from .graph import aten, bound_args, is_tensor, size_hint
 from .layout import Selection, TokenLayout
 from .propagate import Analysis
 from .rules import STREAM
@@ -60,10 +60,5 @@ def _share(selection: Selection, whole: Selection) -> float:
     """Of the batch that was traced."""
     share = 1.0
     for size, of in ((selection.rows, whole.rows), (selection.positions, whole.positions)):
-        share *= (1 if size is None else _hint(size)) / _hint(of)
+        share *= (1 if size is None else size_hint(size)) / size_hint(of)
     return share
-
-
-def _hint(size: Any) -> int:
-    """A size of the batch that was traced; adds no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)

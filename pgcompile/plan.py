@@ -109,10 +109,12 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, 
     padding_first, padding_end = _kept_range(masked, n, s)
     kept_padding = int((end - first).sum() - (padding_end - padding_first).sum())
     kept = packed.tree.class_of >= 0
-    _refuse_masks(graphs, columns, kept)
+    holes = {group: kept & ~v for group, v in zip(key_groups(graphs), columns.valid, strict=True)}
+    _refuse_masks(graphs, columns, kept, holes)
     plan = Plan(
         n, s, packed.tree, packed.class_of, packed.token_of, packed.row, packed.position, packed.subtree_end,
-        packed.depth, packed.segments, find_scored(graphs, results, packed), _hides(graphs, columns, kept), data_valid,
+        packed.depth, packed.segments, find_scored(graphs, results, packed), _hides(graphs, columns, kept, holes),
+        data_valid,
         valid_tokens=int((end - first).sum()),
         dense_pairs=n * s * (s + 1) // 2,
         packed_pairs=int((packed.tree.depth + 1).sum()),
@@ -160,14 +162,16 @@ def _kept_range(dropped: np.ndarray | None, n: int, s: int) -> tuple[np.ndarray,
     return first.astype(np.int64), end.astype(np.int64)
 
 
-def _refuse_masks(graphs: PackedGraphs, columns: Columns, kept: np.ndarray) -> None:
+Holes = dict[tuple[int, ...], np.ndarray]  # by key group, bool [N, S]: kept tokens that are no valid keys
+
+
+def _refuse_masks(graphs: PackedGraphs, columns: Columns, kept: np.ndarray, holes: Holes) -> None:
     """Raise DenseCall if a kept token's row of a mask that is data is no row of causal and padding, or if a kept token
     is masked from everything: softmax would attend to all keys, later ones included."""
     for problem in columns.problems:
         found = int((problem * kept).max())
         if found:
             raise DenseCall("mask_not_understood", MASK_PROBLEMS[found])
-    valid = dict(zip(key_groups(graphs), columns.valid, strict=True))
     rules = dict.fromkeys(
         (graphs.mask_columns[i].key_valid, bool(m.formula.same_value), m.formula.window)
         for i, m in zip(graphs.mask_of, graphs.matches, strict=True)
@@ -176,32 +180,27 @@ def _refuse_masks(graphs: PackedGraphs, columns: Columns, kept: np.ndarray) -> N
     for group, has_parts, window in rules:
         if not group:
             continue
-        keys = valid[group]
-        hole = kept & ~keys
+        hole = holes[group]
         if not hole.any():
             continue
         if has_parts:
             text = "a masked token that isn't dropped may have nothing to attend to in its part of the row"
             raise DenseCall("fully_masked_query", text)
-        seen = (keys & kept).cumsum(1)
+        seen = (kept & ~hole).cumsum(1)
         if window is not None:
             seen[:, window:] -= seen[:, :-window].copy()
         if (hole & (seen == 0)).any():
             raise DenseCall("fully_masked_query", "a token that isn't dropped may attend to nothing")
 
 
-def _hides(graphs: PackedGraphs, columns: Columns, kept: np.ndarray) -> list[Tensor]:
+def _hides(graphs: PackedGraphs, columns: Columns, kept: np.ndarray, holes: Holes) -> list[Tensor]:
     """For each set of mask columns: is a kept key invalid; is a kept token in another part than the one before it?"""
-    holes = {
-        group: bool((kept & ~v).any()) for group, v in zip(key_groups(graphs), columns.valid, strict=True)
-    }
-    inner = kept.copy()  # kept tokens behind a kept one
-    inner[:, 1:] &= kept[:, :-1]
+    has_holes = {group: bool(hole.any()) for group, hole in holes.items()}
     splits = {
-        i: bool((changes & inner).any())
+        i: bool((changes[:, 1:] & kept[:, 1:] & kept[:, :-1]).any())
         for i, changes in zip(part_columns(graphs), columns.changes, strict=True)
     }
     return [
-        torch.tensor([holes.get(c.key_valid, False), any(splits[i] for i in c.same_value)])
+        torch.tensor([has_holes.get(c.key_valid, False), any(splits[i] for i in c.same_value)])
         for c in graphs.mask_columns
     ]

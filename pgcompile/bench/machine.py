@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "triton", "trl", "prefix_grouper")
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, processor, threads, Python and versions."""
-    found = {name: _version(name) for name in PACKAGES}
+    found = {name: installed_version(name) for name in PACKAGES}
     versions = {"pgcompile": _own_version()} | {name: v for name, v in found.items() if v is not None}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
@@ -43,7 +43,8 @@ def peak_rate(device_name: str, dtype: str) -> float | None:
     return next((rate for name, rate in PEAKS.items() if name in device_name), None)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None if it isn't installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 import time
@@ -15,6 +14,7 @@ from torch import nn
 
 import pgcompile
 
+from ..bench.machine import installed_version
 from ..engines import ENGINES
 from ..engines.choose import choose
 from ..options import Options
@@ -33,7 +33,7 @@ def doctor() -> None:
     table.add_row("pgcompile", pgcompile.__version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
-        table.add_row(name, _version(name))
+        table.add_row(name, installed_version(name) or "not installed")
     for device in _devices():
         table.add_row(str(device), _device_name(device))
         for dtype in (torch.float32, torch.bfloat16):
@@ -92,13 +92,6 @@ def describe_engines(device: torch.device, dtype: torch.dtype) -> str:
     reasons = {name: engine.why_not(device, dtype) for name, engine in ENGINES.items() if name != chosen}
     others = [f"also {name}" if why is None else f"not {name} ({why})" for name, why in reasons.items()]
     return f"{str(dtype).removeprefix('torch.')}: engine {chosen}; {', '.join(others)}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[torch.device]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .per_plan import once_per_plan
+from .per_plan import once_per_plan, to_device
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,9 @@ class BlockLists:
         end = np.cumsum(length)
         table_R4 = np.stack([np.arange(rows), end - length, end - length + partial, end], 1)
         table_R4 = table_R4[np.argsort(-length, kind="stable")]
-        flat = to_device(np.concatenate([table_R4.ravel(), tile_L[order]]), device)
-        return BlockLists(flat[: 4 * rows].view(rows, 4), flat[4 * rows :])
+        flat = np.concatenate([table_R4.ravel(), tile_L[order]]).astype(np.int32)
+        flat_L = to_device(torch.from_numpy(flat), device)
+        return BlockLists(flat_L[: 4 * rows].view(rows, 4), flat_L[4 * rows :])
 
 
 def key_lists(
@@ -149,9 +150,3 @@ def query_lists(
         return BlockLists.of(pairs.key_L, pairs.query_L, pairs.full_L, pairs.keys, device)
 
     return once_per_plan(segments_M5, ("queries", block_q, block_k, window, device), build)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """int32, in one copy that the host doesn't wait for (from pageable memory it would)."""
-    host = torch.from_numpy(array.astype(np.int32))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

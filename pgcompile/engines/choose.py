@@ -16,10 +16,12 @@ def choose(engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     ValueError for any other string, naming the valid choices, and for an engine that can't run here, with its reason.
     """
     if engine == "auto":
-        reasons = {name: ENGINES[name].why_not(device, dtype) for name in AUTO}
-        name = next(name for name, reason in reasons.items() if reason is None)
-        passed_over = [f"not {other}: {reasons[other]}" for other in AUTO[: AUTO.index(name)]]
-        return name, "; ".join(["the fastest that can run here", *passed_over])
+        words = ["the fastest that can run here"]
+        for name in AUTO:  # no further than needed: each attention asks
+            reason = ENGINES[name].why_not(device, dtype)
+            if reason is None:
+                return name, "; ".join(words)
+            words.append(f"not {name}: {reason}")
     if engine not in ENGINES:
         raise ValueError(
             f"unknown attention engine {engine!r}: choose one of {', '.join(['auto', *ENGINES])}"

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import reference
 from .contract import TreeMask
 from .per_plan import once_per_plan
+from .split import merge, result, with_positive_scale
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -53,7 +54,6 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
     q_1HTD, scale, _ = with_positive_scale(q_1HTD, scale)
-    value_size = v_1KTE.shape[-1]
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     dtype = reference.compute_dtype(q)
     out_THE = q.new_empty(q.shape, dtype=dtype)
@@ -71,8 +71,7 @@ def attention(
             part, part_lse = merge(call.queries.take(out_THE), call.queries.take(lse_TH), part, part_lse)
         call.queries.put(out_THE, part)
         call.queries.put(lse_TH, part_lse)
-    out_1THE = out_THE[None, ..., :value_size].to(q.dtype).contiguous()
-    return out_1THE.transpose(1, 2), lse_TH.t().contiguous()[None]
+    return result(out_THE, v_1KTE.shape[-1], q.dtype), lse_TH.t().contiguous()[None]
 
 
 def attention_backward(
@@ -87,7 +86,6 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
     q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
-    sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
     q, k, v, grad_out, out = token_major(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
     dtype = reference.compute_dtype(q)
     cutter = Cutter(mask)
@@ -109,15 +107,9 @@ def attention_backward(
     if factor != 1:
         grads[0].mul_(factor)
     dq, dk, dv = (
-        grad[None, ..., :size].to(q.dtype).contiguous().transpose(1, 2)
-        for grad, size in zip(grads, sizes, strict=True)
+        result(grad, x.shape[-1], q.dtype) for grad, x in zip(grads, (q_1HTD, k_1KTD, v_1KTE), strict=True)
     )
     return dq, dk, dv
-
-
-def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """Queries, scale, and what the queries were multiplied by: the kernel multiplies its -inf by the scale, too."""
-    return (q, scale, 1.0) if scale > 0 else (q * scale, 1.0, scale)
 
 
 def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
@@ -141,15 +133,6 @@ def additive(hidden_BLS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     zeros = torch.zeros(hidden_BLS.shape, dtype=dtype)
     return zeros.masked_fill_(hidden_BLS, -torch.inf)[:, None]
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys → over both: `[..., E]` outputs, `[...]` log-sum-exps.
-
-    A side that sees nothing has lse -inf and doesn't count.
-    """
-    weight_b = torch.sigmoid(lse_b - lse_a).nan_to_num(nan=0.0)  # NaN: neither side sees anything
-    return torch.lerp(out_a, out_b, weight_b[..., None]), torch.logaddexp(lse_a, lse_b)
 
 
 class Ranges:

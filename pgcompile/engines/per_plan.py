@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -21,3 +22,8 @@ def once_per_plan(segments_M5: Tensor, key: tuple, build: Callable[[], Built]) -
     if key not in built:
         built[key] = build()
     return built[key]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: a copy from memory that isn't pinned may wait for everything that was launched before."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from . import reference
 from .contract import TreeMask
-from .cpu import merge, with_positive_scale
-from .per_plan import once_per_plan
+from .per_plan import once_per_plan, to_device
+from .split import merge, result, with_positive_scale
 
 # The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
 # at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
@@ -64,8 +64,7 @@ def attention(
         part_LHE, lse_HL = _forward(call, q, k, v, scale)
         part_LHE, at = part_LHE.to(out_THE.dtype), call.queries
         out_THE[at], lse_TH[at] = merge(out_THE[at], lse_TH[at], part_LHE, lse_HL.t())
-    out_1THE = out_THE[None, ..., : v_1KTE.shape[-1]].to(q.dtype).contiguous()
-    return out_1THE.transpose(1, 2), lse_TH.t().contiguous()[None]
+    return result(out_THE, v_1KTE.shape[-1], q.dtype), lse_TH.t().contiguous()[None]
 
 
 def attention_backward(
@@ -80,7 +79,6 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
     q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
-    sizes = (q_1HTD.shape[-1], k_1KTD.shape[-1], v_1KTE.shape[-1])
     tensors = token_major(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE)
     q, k = tensors[1:3]
     lse_TH = lse_1HT[0].t()
@@ -98,8 +96,7 @@ def attention_backward(
     if factor != 1:
         grads[0].mul_(factor)
     dq, dk, dv = (
-        grad[None, ..., :size].to(q.dtype).contiguous().transpose(1, 2)
-        for grad, size in zip(grads, sizes, strict=True)
+        result(grad, x.shape[-1], q.dtype) for grad, x in zip(grads, (q_1HTD, k_1KTD, v_1KTE), strict=True)
     )
     return dq, dk, dv
 
@@ -289,7 +286,7 @@ def _call(
 ) -> Call:
     """One range of queries for each sequence; as many ranges of keys as make up `key_lengths_B`."""
     cu_queries, cu_keys = (
-        _to_device(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), device)
+        to_device(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), device)
         for lengths in (queries[1], key_lengths_B)
     )
     return Call(
@@ -305,11 +302,6 @@ def _tokens(ranges: Ranges, device: torch.device) -> Tokens:
     if bool((starts[1:] == ends[:-1]).all()):
         return slice(int(starts[0]), int(ends[-1]))
     total = int(lengths.sum())
-    shift, repeats = _to_device(torch.stack([ends - lengths.cumsum(0), lengths]), device)
+    shift, repeats = to_device(torch.stack([ends - lengths.cumsum(0), lengths]), device)
     # with the size given, the host doesn't wait for the device to count
     return torch.arange(total, device=device) + shift.repeat_interleave(repeats, output_size=total)
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting: a copy from memory that isn't pinned may wait for everything that was launched before."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

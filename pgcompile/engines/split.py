@@ -1,0 +1,23 @@
+"""What engines share that split attention over a tree into calls of a flash kernel."""
+
+import torch
+from torch import Tensor
+
+
+def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """Queries, scale, and what the queries were multiplied by: the kernel multiplies its -inf by the scale, too."""
+    return (q, scale, 1.0) if scale > 0 else (q * scale, 1.0, scale)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys → over both: `[..., E]` outputs, `[...]` log-sum-exps.
+
+    A side that sees nothing has lse -inf and doesn't count.
+    """
+    weight_b = torch.sigmoid(lse_b - lse_a).nan_to_num(nan=0.0)  # NaN: neither side sees anything
+    return torch.lerp(out_a, out_b, weight_b[..., None]), torch.logaddexp(lse_a, lse_b)
+
+
+def result(x_THD: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`[1, heads, T, size]` as the contract has it, token-major, without the columns that were padded."""
+    return x_THD[None, ..., :size].to(dtype).contiguous().transpose(1, 2)
