@@ -1,6 +1,5 @@
 """TRL's trainers with and without pgcompile: the same losses, gradient norms and weights after 20 steps, in float64."""
 
-import copy
 import json
 import os
 import subprocess
@@ -96,90 +95,118 @@ def train(trainer_class, config_class, model, tmp_path, options=None, steps=STEP
     return log, [p.detach().clone() for p in model.parameters()], trainer
 
 
-def assert_trains_alike(trainer_class, config_class, make, tmp_path, arguments, options=None, **config):
-    """Train twice from one seed; every number agrees, and what ran was packed."""
-    runs = []
-    for given in (None, options or {}):
-        torch.manual_seed(1)
-        pgcompile.reset_stats()
-        given_arguments = {k: copy.deepcopy(v) for k, v in arguments.items()}
-        if given is not None and "ref_model" in arguments:
-            given_arguments["ref_model"].compile(backend="pgcompile", options={"inner": "eager"})
-        runs.append(
-            train(trainer_class, config_class, make(), tmp_path, given, arguments=given_arguments, **config)[
-                :2
-            ]
-        )
-    (expected_log, expected), (actual_log, actual) = runs
+def run_of(name, tokenizer):
+    """TRL's trainer of a name, its config class, settings and arguments, and the kind of its model."""
+    trainer_class, config_class = (getattr(trl, name + part) for part in ("Trainer", "Config"))
+    kind, config = GPT2LMHeadModel, {}
+    arguments = dict(processing_class=tokenizer)
+    if name in ("GRPO", "RLOO"):
+        # TRL's defaults: activation checkpointing, switched off to generate; a fused head behind a graph break.
+        trainer_class = group_preserving(trainer_class)
+        rows = [{"prompt": q} for q in questions(24)]
+        arguments["reward_funcs"] = reward
+        config = dict(
+            per_device_train_batch_size=4, gradient_accumulation_steps=4, num_generations=GROUP,
+            max_completion_length=8, beta=0.0,
+        )  # fmt: skip
+    elif name == "KTO":
+        rows = [
+            {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+            for pair in pairs(12)
+            for side in ("chosen", "rejected")
+        ]
+    elif name == "SFT":
+        rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs(24)]
+    else:
+        rows = pairs(24)
+    if name in ("DPO", "KTO"):
+        arguments["ref_model"] = build(tokenizer)
+    if name == "Reward":
+        kind = GPT2ForSequenceClassification
+    arguments["train_dataset"] = Dataset.from_list(rows)
+    return trainer_class, config_class, kind, arguments, config
+
+
+def with_rows_permuted(trainer_class, pairs, seed):
+    """The trainer, each batch in another order of rows: what rounding alone makes of a training.
+
+    The first half of the rows of `pairs` are the chosen answers, the second the rejected ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        count = len(inputs["completion_ids" if "completion_ids" in inputs else "input_ids"])
+        order = torch.randperm(count // (1 + pairs), generator=generator)
+        if pairs:
+            order = torch.cat([order, order + len(order)])
+        given = {}
+        for key, value in inputs.items():
+            if isinstance(value, list):
+                value = [value[row] for row in order]
+            elif isinstance(value, torch.Tensor) and value.ndim:
+                value = value[order]
+            given[key] = value
+        return trainer_class.compute_loss(self, model, given, *args, **kwargs)
+
+    return type(trainer_class.__name__, (trainer_class,), {"compute_loss": compute_loss})
+
+
+def train_named(name, tokenizer, tmp_path, options=None, dtype=torch.float64, permuted=None):
+    """Train as `run_of` says, from one seed; with `options`, the model and its reference through pgcompile."""
+    trainer_class, config_class, kind, arguments, config = run_of(name, tokenizer)
+    torch.manual_seed(1)
+    pgcompile.reset_stats()
+    if "ref_model" in arguments:
+        arguments["ref_model"].to(dtype)
+        if options is not None:
+            arguments["ref_model"].compile(backend="pgcompile", options={"inner": "eager"})
+    model = build(tokenizer, kind).to(dtype)
+    if permuted is not None:
+        trainer_class = with_rows_permuted(trainer_class, name in ("DPO", "Reward"), permuted)
+    log, weights, _ = train(
+        trainer_class, config_class, model, tmp_path, options, arguments=arguments, **config
+    )
+    assert len(log) == STEPS
     stats = pgcompile.stats()
-    assert len(expected_log) == STEPS and stats.packed >= STEPS, str(stats)
-    assert stats.eager == 0 and stats.recompile_limit_hits == 0, str(stats)
+    if options is not None:
+        assert stats.packed >= STEPS and stats.eager == 0 and stats.recompile_limit_hits == 0, str(stats)
+    return log, weights, stats
+
+
+# The trainer, its options, and the share of the dense tokens that are computed at most.
+TRAINERS = [
+    ("GRPO", {}, 0.5),
+    ("RLOO", {}, 0.5),
+    ("DPO", {}, 0.7),
+    ("KTO", {}, 1),
+    ("SFT", {"min_saving": 0}, 1),
+    ("Reward", {}, 1),
+]
+
+
+@pytest.mark.parametrize("name, options, share", TRAINERS)
+def test_trains_alike(name, options, share, tokenizer, tmp_path):
+    """From one seed every loss, gradient norm and weight agrees, and what ran was packed."""
+    expected_log, expected, _ = train_named(name, tokenizer, tmp_path)
+    actual_log, actual, stats = train_named(name, tokenizer, tmp_path, options)
     torch.testing.assert_close(torch.tensor(actual_log), torch.tensor(expected_log), rtol=1e-8, atol=1e-8)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
-    return stats
+    assert stats.packed_tokens < share * stats.dense_tokens
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_online(name, tokenizer, tmp_path):
-    """With TRL's defaults: activation checkpointing, switched off to generate; a fused head behind a graph break."""
-    data = Dataset.from_list([{"prompt": q} for q in questions(24)])
-    arguments = dict(reward_funcs=reward, train_dataset=data, processing_class=tokenizer)
-    stats = assert_trains_alike(
-        group_preserving(getattr(trl, f"{name}Trainer")), getattr(trl, f"{name}Config"),
-        lambda: build(tokenizer), tmp_path, arguments, per_device_train_batch_size=4,
-        gradient_accumulation_steps=4, num_generations=GROUP, max_completion_length=8, beta=0.0,
-    )  # fmt: skip
-    assert stats.packed_tokens < 0.5 * stats.dense_tokens
-
-
-def test_dpo(tokenizer, tmp_path):
-    data = Dataset.from_list(pairs(24))
-    arguments = dict(ref_model=build(tokenizer), train_dataset=data, processing_class=tokenizer)
-    stats = assert_trains_alike(trl.DPOTrainer, trl.DPOConfig, lambda: build(tokenizer), tmp_path, arguments)
-    assert stats.packed_tokens < 0.7 * stats.dense_tokens
-
-
-def test_dpo_in_float32(tokenizer, tmp_path):
+@pytest.mark.parametrize("name, options, share", TRAINERS)
+def test_float32_drift(name, options, share, tokenizer, tmp_path):
     """After 20 steps weights are no further from eager's than twice what another order of rows makes."""
-    collate = trl.trainer.dpo_trainer.DataCollatorForPreference(pad_token_id=0)
-    data = Dataset.from_list(pairs(24))
-    generator = torch.Generator().manual_seed(0)
 
-    def permuted(rows):
-        return collate([rows[i] for i in torch.randperm(len(rows), generator=generator)])
-
-    def weights(options, collator):
-        arguments = dict(
-            ref_model=build(tokenizer).float(), train_dataset=data, processing_class=tokenizer, data_collator=collator
-        )  # fmt: skip
-        torch.manual_seed(1)
-        model = build(tokenizer).float()
-        _, found, _ = train(trl.DPOTrainer, trl.DPOConfig, model, tmp_path, options, arguments=arguments)
+    def weights(options=None, permuted=None):
+        _, found, _ = train_named(name, tokenizer, tmp_path, options, torch.float32, permuted)
         return torch.cat([weight.flatten() for weight in found])
 
-    expected = weights(None, collate)
-    drift = (weights(None, permuted) - expected).norm()
-    assert 0 < (weights({}, collate) - expected).norm() <= 2 * drift < 1e-4
-    assert pgcompile.stats().packed >= STEPS
-
-
-def test_kto(tokenizer, tmp_path):
-    rows = [
-        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
-        for pair in pairs(12)
-        for side in ("chosen", "rejected")
-    ]
-    data = Dataset.from_list(rows)
-    arguments = dict(ref_model=build(tokenizer), train_dataset=data, processing_class=tokenizer)
-    assert_trains_alike(trl.KTOTrainer, trl.KTOConfig, lambda: build(tokenizer), tmp_path, arguments)
-
-
-def test_sft(tokenizer, tmp_path):
-    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs(24)]
-    arguments = dict(train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    options = {"min_saving": 0}
-    assert_trains_alike(trl.SFTTrainer, trl.SFTConfig, lambda: build(tokenizer), tmp_path, arguments, options)
+    expected = weights()
+    drifts = [(weights(permuted=seed) - expected).norm() for seed in (1, 2, 3)]
+    found = (weights(options) - expected).norm()
+    assert 0 < found <= 2 * max(drifts)
 
 
 def test_sft_with_documents_in_one_row(tokenizer, tmp_path):
@@ -197,12 +224,6 @@ def test_sft_with_documents_in_one_row(tokenizer, tmp_path):
     explanation = pgcompile.explain(build(tokenizer), input_ids=ids, position_ids=positions, use_cache=False)
     kinds = {r.kind for graph in explanation.graphs for r in graph.fallbacks}
     assert kinds == {"mask_not_understood"} or [b.decision for b in explanation.batches] == ["dense"]
-
-
-def test_reward(tokenizer, tmp_path):
-    arguments = dict(train_dataset=Dataset.from_list(pairs(24)), processing_class=tokenizer)
-    make = lambda: build(tokenizer, GPT2ForSequenceClassification)  # noqa: E731
-    assert_trains_alike(trl.RewardTrainer, trl.RewardConfig, make, tmp_path, arguments)
 
 
 def packed_tokens(trainer_class, tokenizer, tmp_path):
