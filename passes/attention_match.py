@@ -1,7 +1,8 @@
 """Attention, whatever its spelling: match the structure once, then check its properties on the match.
 
 SDPA:     scaled_dot_product_attention(q, k, v, mask | is_causal, scale)
-spelled:  matmul(q, kᵀ) → {scale, mask}* → softmax over keys → {cast, inactive dropout}* → matmul(·, v)
+spelled:  matmul(q, kᵀ) → scale* → {tanh → scale}? → {scale, mask}* → softmax over keys, with a sink or without
+          → {cast, inactive dropout}* → matmul(·, v)
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .mask_formula import CAUSAL, MaskFormula, conjoin, read_additive, read_allo
 from .mask_reader import MaskReader
 from .propagate import Analysis
 from .reasons import Unsupported
-from .rules import PROLOGUE
+from .rules import PROLOGUE, WEIGHT
+from .softmax_forms import softmax_with_sink
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class AttentionMatch:
         formula: what a query may see.
         spelling: "sdpa" or "matmul-softmax-matmul".
         masked_is_zero: is the output zero for a query that may see nothing? (SDPA; softmax gives NaN or a mean.)
+        softcap: c of `c * tanh(score / c)`, which scores go through before they are masked.
+        sink: parameters, one for each query head: scores that compete with those of keys.
     """
 
     node: fx.Node
@@ -45,6 +49,17 @@ class AttentionMatch:
     spelling: str
     k_transposed: bool = False
     masked_is_zero: bool = True
+    softcap: float | None = None
+    sink: fx.Node | None = None
+
+    def describe(self) -> str:
+        """What a query sees, and what becomes of its scores."""
+        parts = [self.formula.describe()]
+        if self.softcap is not None:
+            parts.append(f"softcap({self.softcap:g})")
+        if self.sink is not None:
+            parts.append("sinks")
+        return ", ".join(parts)
 
 
 def match_attention(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
@@ -111,18 +126,25 @@ def _causal(
 
 def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:
     softmax = _skip_casts(node.args[0], analysis)
-    if not isinstance(softmax, fx.Node) or softmax.target not in _SOFTMAX:
+    if not isinstance(softmax, fx.Node) or softmax.target not in (*_SOFTMAX, softmax_with_sink):
         return Unsupported("token_mixing", node, "weights over keys that aren't the result of a softmax")
-    if analysis.values[softmax].layout.dims[bound_args(softmax)[0][1]] != (KEY,):
+    has_sink = softmax.target is softmax_with_sink
+    if analysis.values[softmax].layout.dims[bound_args(softmax)[0][1 + has_sink]] != (KEY,):
         return Unsupported("token_mixing", softmax, "a softmax over another dim than the keys")
     masks: list[MaskFormula] = []
-    scale = 1.0
+    scale, softcap, after_cap = 1.0, None, 1.0
     scores: Any = softmax.args[0]
     while scores.target not in _PRODUCTS:
+        if scores.target is aten.tanh.default and softcap is None and scale != 0:
+            softcap, after_cap, scale = abs(scale), scale, 1.0
+            scores = scores.args[0]
+            continue
         if scores.target is aten.baddbmm.default:
             mask_and_scale = _read_baddbmm(scores, analysis)
             if isinstance(mask_and_scale, Unsupported):
                 return mask_and_scale
+            if softcap is not None and mask_and_scale[0] != MaskFormula():
+                return Unsupported("finite_mask", node, "scores are capped after they were masked")
             masks.append(mask_and_scale[0])
             scale *= mask_and_scale[1]
             break
@@ -130,6 +152,8 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
         if isinstance(step, Unsupported):
             return step
         scores, factor, mask = step
+        if mask is not None and softcap is not None:
+            return Unsupported("finite_mask", node, "scores are capped after they were masked")
         if mask is not None and scale != 1.0 and not (mask.minus_inf and scale > 0):
             return Unsupported("finite_mask", node, "scores are scaled after they were masked")
         masks += [mask] if mask is not None else []
@@ -139,9 +163,17 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
         return formula
     q, k = scores.args[-2:]
     v = node_arg(node, 1)
+    sink = node_arg(softmax, 1) if has_sink else None
+    if sink is not None and not _is_one_per_head(sink, q, analysis):
+        return Unsupported("token_mixing", softmax, "a sink that isn't one parameter for each head")
     return AttentionMatch(
-        node, q, k, v, scale, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False
-    )
+        node, q, k, v, scale * after_cap, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False,
+        softcap=softcap, sink=sink,
+    )  # fmt: skip
+
+
+def _is_one_per_head(sink: fx.Node, q: fx.Node, analysis: Analysis) -> bool:
+    return analysis.kind(sink) == WEIGHT and list(shape(sink)) == [*_head_dims(q, analysis), 1, 1]
 
 
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
@@ -208,7 +240,7 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
             found = read_additive(mask, alone=False, lead=_lead(scores, analysis))
             return found if isinstance(found, Unsupported) else (scores, 1.0, found)
     text = f"`{target}` between attention scores and softmax has no rule"
-    hint = "understood is: scores × scale + mask → softmax; scores that are soft-capped or biased aren't yet"
+    hint = "understood is: scores × scale (→ tanh × cap) + mask → softmax; biased scores aren't yet"
     return Unsupported("token_mixing", node, text, hint)
 
 

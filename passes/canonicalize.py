@@ -18,6 +18,7 @@ Broadcasting and losses have one spelling, too:
     mean(x[N, S, V])                          →  mean(mean(x, -1))
 
 so that what runs over the vocabulary can be computed for each distinct token, and what is unpacked is narrow.
+softmax_forms.py has softmaxes in other spellings.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import fx
 from .graph import aten, bound_args, call, requires_grad, same_size, schema_of, shape, sizes, val
 from .joined_lookups import join_lookups
 from .rules.losses import ELEMENTWISE_LOSSES
+from .softmax_forms import without_max, without_sink_column
 
 
 def canonicalize(gm: fx.GraphModule) -> None:
@@ -191,6 +193,8 @@ CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.new_empty.default: _empty,
     aten.index.Tensor: _lookup,
     aten.cat.default: join_lookups,
+    aten.softmax.int: without_max,
+    aten.slice.Tensor: without_sink_column,
     operator.getitem: _broadcast_item,
     aten.cross_entropy_loss.default: _flat_loss,
     aten.nll_loss_nd.default: _flat_loss,

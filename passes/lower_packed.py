@@ -186,10 +186,11 @@ class PackedSide:
             (
                 self._heads(match.q, self.value(match.q), dtype), self._heads(match.k, k, dtype),
                 self._heads(match.v, self.value(match.v), dtype),
+                None if match.sink is None else self._flat(self.value(match.sink)),
                 self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
                 self._input(Input("segments"), "segments"),
                 self._input(Input("hides", self.whole.mask_columns_of(match)), "hides"),
-                *columns, match.scale, match.formula.window, self.whole.engine,
+                *columns, match.scale, match.softcap, match.formula.window, self.whole.engine,
             ),
         )  # fmt: skip
         call.meta["layouts"] = None
@@ -198,7 +199,7 @@ class PackedSide:
         return self.graph.call_function(aten.reshape.default, (out, outcome.layout.packed_shape()))
 
     def _flat(self, column: fx.Node) -> fx.Node:
-        """[1, T] → [T]."""
+        """[1, T] → [T], [1, H, 1, 1] → [H]."""
         return self.graph.call_function(aten.reshape.default, (column, [-1]))
 
     def _heads(self, original: fx.Node, packed: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -19,6 +19,7 @@ from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, STREAM, Op, Operand, Outcome, rule_of
 from .rules.common import DENSE, aligned_dims
+from .subgraph import live_nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +63,9 @@ def padding_guards(analysis: Analysis) -> Guards:
     guards = Guards()
     taints: dict[fx.Node, _Taint] = {}
     selections: dict[Any, Selection] = {}
+    live = live_nodes(analysis.graph)  # nothing else will be computed
     for node, value in analysis.values.items():
-        if value.kind != LATE or guards.refusal is not None:
+        if value.kind != LATE or node not in live or guards.refusal is not None:
             continue
         sources = {n: _taint_of(n, analysis, taints) for n in node.all_input_nodes}
         if not any(sources.values()):

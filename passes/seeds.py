@@ -10,8 +10,9 @@ from torch import fx
 from .graph import aten, is_state, is_tensor, requires_grad, same_size, shape, val
 from .layout import POSITION, ROW, Dim, Selection, TokenLayout, plain
 from .reasons import Unsupported
+from .softmax_forms import softmax_with_sink
 
-_ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int)
+_ATTENTION = (aten.scaled_dot_product_attention.default, aten.softmax.int, softmax_with_sink)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .chunks import number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
 from .cost import MIN_SAVING, Cost, count_work
-from .engines.choose import choose
+from .engines import Scores
+from .engines.choose import choose_for_heads
 from .errors import backward_failures, belongs_to_caller
 from .generation import compiled_module, keep_generation_out
 from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
@@ -114,9 +115,11 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
     report.seconds = dict(compilation.seconds)
     for match in compilation.matches:
         out = match.node.meta["val"]  # autocast may give it another dtype than q
-        engine, why = choose(options.engine, out.device, out.dtype)
+        size = max(match.q.meta["val"].shape[-1], out.shape[-1])
+        scores = Scores(match.scale, match.softcap)
+        engine, why = choose_for_heads(options.engine, out.device, out.dtype, size, scores)
         report.attention.append(
-            AttentionReport(match.node.name, match.spelling, match.formula.describe(), engine, why)
+            AttentionReport(match.node.name, match.spelling, match.describe(), engine, why)
         )
     if compilation.graphs is not None and compilation.graphs.head is not None:
         report.head = compilation.graphs.head.recomputed

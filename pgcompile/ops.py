@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .engines import TreeMask
+from .engines import Scores, TreeMask
 from .engines.choose import engine_for
-from .engines.reference import compute_dtype
+from .engines.reference import compute_dtype, finite
 from .errors import raises_engine_error
 
 # Elements of the float32 temporaries when a half-precision gradient is summed: 128 MiB, a slice of columns
@@ -39,6 +39,7 @@ def _prefix_attention(
     q_1HTD: Tensor,
     k_1KTD: Tensor,
     v_1KTE: Tensor,
+    sinks_H: Tensor | None,
     subtree_end_T: Tensor,
     depth_T: Tensor,
     segments_M5: Tensor,
@@ -46,6 +47,7 @@ def _prefix_attention(
     key_valid: Sequence[Tensor],
     same_value: Sequence[Tensor],
     scale: float,
+    softcap: float | None,
     window: int | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
@@ -58,10 +60,13 @@ def _prefix_attention(
     for roots) of every segment, in preorder. `hides_2` (bool, host memory) says whether `key_valid` and
     `same_value` hide anything in this batch; where not, they aren't looked at.
 
-    A query that sees no key has out = 0, lse = -inf and zero gradients. lse is not differentiable. Raises
+    Scores are `scale * q·k`, with a softcap `softcap * tanh(score / softcap)`. Each query head may have a sink, a score
+    that competes in the softmax and has no value (StreamingLLM, arXiv 2309.17453; gpt-oss); lse counts it.
+
+    A query that sees no key has out = 0, lse = -inf (or its sink) and zero gradients. lse is not differentiable. Raises
     ValueError for an unknown engine and for tensors that don't fit together.
     """
-    _check_heads(q_1HTD, k_1KTD, v_1KTE)
+    _check_heads(q_1HTD, k_1KTD, v_1KTE, sinks_H)
     tokens = q_1HTD.shape[2]
     for name, x, length in [
         ("k", k_1KTD, k_1KTD.shape[2]),
@@ -79,7 +84,10 @@ def _prefix_attention(
             "prefix_attention: segments and hides must be in host memory (reading them must not wait)"
         )
     mask = _tree_mask(subtree_end_T, depth_T, segments_M5, hides_2, key_valid, same_value, window)
-    return engine_for(engine, q_1HTD, v_1KTE, mask).attention(q_1HTD, k_1KTD, v_1KTE, mask, scale)
+    scores = Scores(scale, softcap)
+    chosen = engine_for(engine, q_1HTD, v_1KTE, mask, scores)
+    out_1HTE, lse_1HT = chosen.attention(q_1HTD, k_1KTD, v_1KTE, mask, scores)
+    return (out_1HTE, lse_1HT) if sinks_H is None else _with_sinks(out_1HTE, lse_1HT, sinks_H)
 
 
 def _tree_mask(
@@ -91,7 +99,25 @@ def _tree_mask(
     return TreeMask(subtree_end_T, depth_T, segments_M5, *columns, window)
 
 
-def _check_heads(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor) -> None:
+def _with_sinks(out_1HTE: Tensor, lse_1HT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Merged with one more key, of score `sinks_H` and value 0, as engines merge parts of a tree.
+
+    So engines needn't know: their backward takes probabilities from lse and delta from out.
+    """
+    sinks_H1 = sinks_H.to(lse_1HT.dtype)[:, None]
+    total_1HT = torch.logaddexp(lse_1HT, sinks_H1)
+    share_1HT = (lse_1HT - finite(total_1HT)).exp()
+    return out_1HTE.mul_(share_1HT[..., None].to(out_1HTE.dtype)), total_1HT
+
+
+def _sinks_gradient(grad_out_1HTE: Tensor, out_1HTE: Tensor, lse_1HT: Tensor, sinks_H: Tensor) -> Tensor:
+    """-Σ p · rowsum(grad_out * out) over queries, p the sink's probability: its value is 0."""
+    p_1HT = (sinks_H.to(lse_1HT.dtype)[:, None] - finite(lse_1HT)).exp()
+    delta_1HT = (grad_out_1HTE.to(lse_1HT.dtype) * out_1HTE.to(lse_1HT.dtype)).sum(-1)
+    return (p_1HT * delta_1HT).sum(-1)[0].neg().to(sinks_H.dtype)
+
+
+def _check_heads(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, sinks_H: Tensor | None) -> None:
     """Raise ValueError for heads that don't fit. No look at token counts: tracing must put no guard on T."""
     q, k, v = (tuple(x.shape[i] for i in range(x.dim()) if i != 2) for x in (q_1HTD, k_1KTD, v_1KTE))
     if not (len(q) == len(k) == len(v) == 3 and q[0] == k[0] == v[0] == 1):
@@ -102,19 +128,25 @@ def _check_heads(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor) -> None:
         raise ValueError(f"prefix_attention: (1, heads, size) of q {q}, k {k}, v {v} don't fit")
     if not q_1HTD.dtype == k_1KTD.dtype == v_1KTE.dtype:
         raise ValueError(f"prefix_attention: q is {q_1HTD.dtype}, k {k_1KTD.dtype}, v {v_1KTE.dtype}")
+    if sinks_H is not None and sinks_H.shape != q_1HTD.shape[1:2]:
+        raise ValueError(f"prefix_attention: {q[1]} query heads, but sinks are {tuple(sinks_H.shape)}")
 
 
-def _prefix_attention_fake(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    _check_heads(q_1HTD, k_1KTD, v_1KTE)
+def _prefix_attention_fake(
+    q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, sinks_H: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    _check_heads(q_1HTD, k_1KTD, v_1KTE, sinks_H)
     heads, tokens = q_1HTD.shape[1:3]
     out_1THE = q_1HTD.new_empty(1, tokens, heads, v_1KTE.shape[-1])
     return out_1THE.transpose(1, 2), q_1HTD.new_empty(1, heads, tokens, dtype=compute_dtype(q_1HTD))
 
 
 def _prefix_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, subtree_end, depth, segments, hides, key_valid, same_value, *ctx.options = inputs
+    q, k, v, sinks, subtree_end, depth, segments, hides, key_valid, same_value, *ctx.options = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, subtree_end, depth, segments, hides, *key_valid, *same_value)
+    ctx.save_for_backward(
+        q, k, v, sinks, out, lse, subtree_end, depth, segments, hides, *key_valid, *same_value
+    )
     ctx.counts = len(key_valid), len(same_value)
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)  # else every backward fills a gradient of lse with zeros
@@ -122,28 +154,40 @@ def _prefix_attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Any, ...]:
     valid, same = ctx.counts
-    dq = dk = dv = None
+    dq = dk = dv = dsinks = None
     if grad_out is not None:
         # asked for once: under activation checkpointing that computes them again
         saved = ctx.saved_tensors
-        tensors, columns = saved[:9], saved[9:]
-        dq, dk, dv = prefix_attention_backward(
+        tensors, columns = saved[:10], saved[10:]
+        dq, dk, dv, dsinks = prefix_attention_backward(
             grad_out, *tensors, columns[:valid], columns[valid:], *ctx.options
         )
-    return dq, dk, dv, None, None, None, None, [None] * valid, [None] * same, None, None, None
+        if tensors[3] is None:
+            dsinks = None
+    return dq, dk, dv, dsinks, None, None, None, None, [None] * valid, [None] * same, None, None, None, None
 
 
 @raises_engine_error
 def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """(dq, dk, dv) from out and lse, which follow v in the forward's arguments; no probabilities are kept."""
-    k, v, out, lse, subtree_end, depth, segments, hides, key_valid, same_value, scale, window, engine = args
+    """(dq, dk, dv, dsinks) from out and lse, which follow the sinks in the forward's arguments.
+
+    No probabilities are kept. dsinks is empty where there are no sinks.
+    """
+    k, v, sinks, out, lse, subtree_end, depth, segments, hides, key_valid, same_value, *options = args
+    scale, softcap, window, engine = options
     mask = _tree_mask(subtree_end, depth, segments, hides, key_valid, same_value, window)
-    found = engine_for(engine, q_1HTD, v, mask)
-    return found.attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scale)
+    scores = Scores(scale, softcap)
+    chosen = engine_for(engine, q_1HTD, v, mask, scores)
+    grads = chosen.attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scores)
+    if sinks is None:
+        return *grads, lse.new_empty(0)
+    return *grads, _sinks_gradient(grad_out_1HTE, out, lse, sinks)
 
 
 def _prefix_attention_backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in args[:3])
+    *qkv, sinks, _, lse = args[:6]
+    grads = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in qkv)
+    return *grads, (lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -299,19 +343,19 @@ def _register(
 
 _MASK = (
     "Tensor subtree_end, Tensor depth, Tensor segments, Tensor hides, Tensor[] key_valid, Tensor[] same_value, "
-    "float scale, int? window, str engine"
+    "float scale, float? softcap, int? window, str engine"
 )
 
 prefix_attention = _register(
-    f"prefix_attention(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)",
+    f"prefix_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_MASK}) -> (Tensor out, Tensor lse)",
     _prefix_attention,
     _prefix_attention_fake,
     _prefix_attention_autograd,
     _prefix_attention_setup,
 )
 prefix_attention_backward = _register(
-    "prefix_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "prefix_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
+    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     _prefix_attention_backward,
     _prefix_attention_backward_fake,
     _refuse_second_derivative,

@@ -87,7 +87,7 @@ class Case:
         """The lines of this file that a refusal may name; the whole function where none is marked."""
         functions = [Stream.forward] if self.embedding else [self.op]
         if self.place == "attention":
-            functions += [causal_mask, scores_of]
+            functions += [causal_mask, scores_of, _with_sinks]
         marked, spanned = set(), set()
         for function in functions:
             source, first = inspect.getsourcelines(function)
@@ -1388,6 +1388,87 @@ def bias_by_length(m, q, k, v, ids, mask):
     S = q.shape[-2]
     scores = scores_of(q, k) * math.log(S + 1.0)
     return scores.masked_fill(~causal_mask(S), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def scores_soft_capped(m, q, k, v, ids, mask):
+    scores = 5 * torch.tanh(scores_of(q, k) / 5)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def scores_soft_capped_and_turned_around(m, q, k, v, ids, mask):
+    scores = (scores_of(q, k) * 0.2).tanh() * -3
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL, "finite_mask"))
+def scores_soft_capped_after_the_mask(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return (5 * torch.tanh(scores / 5)).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def scores_soft_capped_twice(m, q, k, v, ids, mask):
+    scores = 2 * torch.tanh(5 * torch.tanh(scores_of(q, k) / 5))
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def scores_less_their_maximum(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL))
+def scores_less_the_maximum_over_queries(m, q, k, v, ids, mask):
+    scores = scores_of(q, k)
+    scores = scores - scores.max(-2, keepdim=True).values  # <--
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+def _with_sinks(q, k, sinks):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return torch.cat([scores, sinks.expand(q.shape[0], -1, q.shape[-2], 1)], -1)
+
+
+@attention(PACKS, module=lambda: nn.Linear(1, HEADS, bias=False))
+def sinks(m, q, k, v, ids, mask):
+    scores = _with_sinks(q, k, m.extra.weight[None, :, :, None])
+    return (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
+
+
+@attention(PACKS, module=lambda: nn.Linear(1, HEADS, bias=False))
+def sinks_computed_from_parameters(m, q, k, v, ids, mask):
+    sinks = m.extra.weight.square().reshape(1, -1, 1, 1)
+    return _with_sinks(q, k, sinks).softmax(-1)[..., : q.shape[-2]] @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def sinks_computed_from_queries(m, q, k, v, ids, mask):
+    return _with_sinks(q, k, q.sum(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL), module=lambda: nn.Linear(1, 1, bias=False))
+def one_sink_for_all_heads(m, q, k, v, ids, mask):
+    return _with_sinks(q, k, m.extra.weight[None, None].expand(1, HEADS, 1, 1)).softmax(-1)[..., :-1] @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL))
+def sinks_computed_from_all_queries(m, q, k, v, ids, mask):
+    return _with_sinks(q, k, q.mean((0, 2, 3), keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL), module=lambda: nn.Linear(1, HEADS, bias=False))
+def sinks_and_another_column_cut_off(m, q, k, v, ids, mask):
+    return _with_sinks(q, k, m.extra.weight[None, :, :, None]).softmax(-1)[..., 1:] @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL), module=lambda: nn.Linear(1, LONGEST, bias=False))
+def sinks_that_differ_by_position(m, q, k, v, ids, mask):
+    sinks = m.extra.weight[: q.shape[-2]].expand(q.shape[0], HEADS, -1, 1)
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return torch.cat([scores, sinks.flip(2)], -1).softmax(-1)[..., :-1] @ v
 
 
 @attention(either(*BOTH, *NOT_CAUSAL))

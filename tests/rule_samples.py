@@ -18,6 +18,7 @@ import torch
 
 from pgcompile.passes.rules import RULES, pointwise_rule
 from pgcompile.passes.rules.losses import ELEMENTWISE_LOSSES
+from pgcompile.passes.softmax_forms import softmax_with_sink
 
 aten = torch.ops.aten
 # Sizes of heads (3), of a head (4) and of the hidden state (6): test_rules.SIZES has batches where N or S is the same.
@@ -739,6 +740,14 @@ refuses(
     stream("N", "S", 2),
     sizes=((4, 4),),
 )
+
+# -- softmax_forms.py --------------------------------------------------------------------------------------------------
+
+for dims, d, verdict in each_dim():
+    ones = [1 if i == d % len(dims) else size if isinstance(size, int) else 1 for i, size in enumerate(dims)]
+    verdict(softmax_with_sink, stream(*dims), weight(*ones), d)
+packs(softmax_with_sink, stream("N", "S", 6), stream("N", "S", 1), -1)
+packs(softmax_with_sink, stream("N", "S", 6), column("N", "S", 1), 2, torch.float32)
 
 # -- reductions.py, once more ------------------------------------------------------------------------------------------
 

@@ -41,6 +41,41 @@ SPELLINGS = {
     "mse_loss, mean": (lambda x, t: F.mse_loss(x, x.sin()), [], ["mse_loss", "mean", "mean"]),
     "mean of everything": (lambda x, t: x.mean(), [], ["mean", "mean"]),
     "sum of everything, another dtype": (lambda x, t: x.sum(dtype=torch.float32), [], ["sum"]),
+    "softmax less the maximum": (
+        lambda x, t: (x - x.max(-1, keepdim=True).values).softmax(2), ["sub"], ["softmax"],
+    ),
+    "softmax less the maximum of another dim": (
+        lambda x, t: (x - x.amax(1, keepdim=True)).softmax(-1), [], ["amax", "sub", "softmax"],
+    ),
+    "softmax less something's maximum": (
+        lambda x, t: (x - x.cos().amax(-1, keepdim=True)).softmax(-1), [], ["amax", "sub", "softmax"],
+    ),
+    "softmax less twice the maximum": (
+        lambda x, t: torch.sub(x, x.amax(-1, keepdim=True), alpha=2).softmax(-1), [], ["amax", "softmax"],
+    ),
+    "softmax with a sink": (
+        lambda x, t: torch.cat([x, x[:1, :1, :1].expand(3, 4, 1)], -1).softmax(-1, torch.float32)[..., :-1],
+        ["cat", "expand"], ["softmax_with_sink"],
+    ),
+    "softmax with a sink, by size": (
+        lambda x, t: torch.cat([x, x.mean(1, keepdim=True)], 1).softmax(1)[:, : x.shape[1]],
+        ["cat"], ["softmax_with_sink"],
+    ),
+    "softmax with two sinks": (
+        lambda x, t: torch.cat([x, x[..., :2]], -1).softmax(-1)[..., :-1], ["softmax_with_sink"], ["cat"],
+    ),
+    "softmax with a sink in front": (
+        lambda x, t: torch.cat([x[..., :1], x], -1).softmax(-1)[..., :-1], ["softmax_with_sink"], ["cat"],
+    ),
+    "softmax with a sink that is kept": (
+        lambda x, t: torch.cat([x, x[..., :1]], -1).softmax(-1)[..., 1:], ["softmax_with_sink"], ["cat"],
+    ),
+    "softmax with a sink, along another dim": (
+        lambda x, t: torch.cat([x, x[..., :1]], -1).softmax(1)[..., :-1], ["softmax_with_sink"], ["cat"],
+    ),
+    "softmax with a sink, every other weight": (
+        lambda x, t: torch.cat([x, x[..., :1]], -1).softmax(-1)[..., :-1:2], ["softmax_with_sink"], ["cat"],
+    ),
     "sum of a matrix": (lambda x, t: x[0].sum(), [], ["sum"]),
 }  # fmt: skip
 
@@ -53,7 +88,9 @@ def canonical(function, dynamic, dtype=torch.float64):
         traced = to_aten(gm)
         canonicalize(traced)
         traced.graph.lint()
-        names.extend(n.target._schema.name[6:] for n in traced.graph.nodes if hasattr(n.target, "_schema"))
+        names.extend(
+            n.target._schema.name.split("::")[1] for n in traced.graph.nodes if hasattr(n.target, "_schema")
+        )
         return traced
 
     x, labels = torch.randn(3, 4, 5, dtype=dtype), torch.randint(5, (3, 4))

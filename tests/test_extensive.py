@@ -1,4 +1,4 @@
-"""What `make test-all` adds: inductor on twelve models, every dtype and padding, larger trees."""
+"""What `make test-all` adds: inductor on fourteen models, every dtype and padding, larger trees."""
 
 import copy
 

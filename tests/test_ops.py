@@ -76,7 +76,10 @@ def close_to(actual: Tensor, expected: Tensor, engine: str) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
 
 
-def attend(tree: Tree, q, k, v, key_valid=(), same_value=(), scale=0.5, window=None, engine="reference"):
+def attend(
+    tree: Tree, q, k, v, sinks=None, key_valid=(), same_value=(), scale=0.5, softcap=None, window=None,
+    engine="reference",
+):  # fmt: skip
     """On the engine's device, and in the dtype given or the engine's finest; results where the arguments were."""
     known = engine in ENGINES
     where = home(engine) if known else q.device
@@ -85,8 +88,8 @@ def attend(tree: Tree, q, k, v, key_valid=(), same_value=(), scale=0.5, window=N
     columns = [[c.to(where) for c in group] for group in (key_valid, same_value)]
     hides = torch.tensor([len(key_valid) > 0, len(same_value) > 0])
     mask = tree.subtree_end.to(where), tree.depth.to(where), tree.segments, hides, *columns
-    qkv = [x.to(where) for x in (q, k, v)]
-    out, lse = torch.ops.pgcompile.prefix_attention(*qkv, *mask, scale, window, engine)
+    tensors = [None if x is None else x.to(where) for x in (q, k, v, sinks)]
+    out, lse = torch.ops.pgcompile.prefix_attention(*tensors, *mask, scale, softcap, window, engine)
     return out.to(q.device), lse.to(q.device)
 
 
@@ -101,19 +104,26 @@ def visible_keys(tree: Tree, token: int, key_valid=(), same_value=(), window=Non
     ]
 
 
-def brute_force(tree: Tree, q, k, v, scale=0.5, **mask) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each token over the keys of its own row, one token and one head at a time."""
+def brute_force(tree: Tree, q, k, v, sinks=None, scale=0.5, softcap=None, **mask) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each token over the keys of its own row, one token and one head at a time.
+
+    A sink is a key of which only the score is known, and whose value is 0.
+    """
     group = q.shape[1] // k.shape[1]
     out, lse = [], []
     for head in range(q.shape[1]):
         for token in range(tree.tokens):
             keys = visible_keys(tree, token, **mask)
-            if not keys:
+            if not keys and sinks is None:
                 out.append(v.new_zeros(v.shape[-1]))
                 lse.append(v.new_tensor(-INF))
                 continue
             scores = k[0, head // group, keys] @ q[0, head, token] * scale
-            out.append(scores.softmax(-1) @ v[0, head // group, keys])
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head, None]])
+            out.append(scores.softmax(-1)[: len(keys)] @ v[0, head // group, keys])
             lse.append(scores.logsumexp(-1))
     shape = 1, q.shape[1], tree.tokens
     return torch.stack(out).view(*shape, -1), torch.stack(lse).view(shape)
@@ -196,6 +206,38 @@ def test_attention_with_scales_that_are_not_positive(scale, masked, engine):
         close_to(a, e, engine)
 
 
+@pytest.mark.parametrize("masked", ["nothing", "columns"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 0.3, 20.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_capped_scores_and_sinks(with_sinks, softcap, window, masked, monkeypatch, engine):
+    """Of either sign of the scale, and with a query that sees its sink alone."""
+    use_small_tiles(monkeypatch, 3)
+    tree = random_tree(1)
+    options = {"scale": -1.5 if masked == "nothing" else 1.5, "softcap": softcap, "window": window}
+    options |= columns(tree, 1) if masked == "columns" else {}
+    tensors = inputs(tree, heads=6, key_heads=2)
+    if with_sinks:
+        tensors.append(torch.tensor([-2.0, 0.0, 3.0, 0.5, -9.0, 30.0], dtype=torch.float64))
+    expected = gradients(lambda *x: brute_force(tree, *x, **options), tensors)
+    actual = gradients(lambda *x: attend(tree, *x, **options, engine=engine), tensors)
+    for a, e in zip(actual, expected, strict=True):
+        close_to(a, e, engine)
+
+
+def test_a_sink_that_is_everything(engine):
+    """-inf is no sink at all; and where a query sees nothing besides, there is no NaN."""
+    tree = random_tree(2)
+    q, k, v = inputs(tree)
+    for mask in ({}, columns(tree)):
+        without = gradients(lambda *x, m=mask: attend(tree, *x, **m, engine=engine), [q, k, v])
+        none = torch.full((2,), -INF, dtype=torch.float64)
+        with_none = gradients(lambda *x, m=mask: attend(tree, *x, **m, engine=engine), [q, k, v, none])
+        assert all(
+            torch.equal(a, b) for a, b in zip(with_none, [*without, torch.zeros_like(none)], strict=True)
+        )
+
+
 @pytest.mark.parametrize(
     "rows", [[[1]], [[1], [2], [3]], [[1, 2, 3]]], ids=["one token", "single tokens", "one row"]
 )
@@ -236,6 +278,8 @@ def test_attention_gradcheck(engine):
     torch.autograd.gradcheck(
         lambda *x: attend(tree, *x, **columns(tree), window=3, engine=engine)[0], (q, k, v)
     )
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda *x: attend(tree, *x, softcap=0.8, engine=engine)[0], (q, k, v, sinks))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
@@ -296,6 +340,8 @@ def test_attention_refuses_what_does_not_fit():
         attend(tree, q[:, :3], k, v)
     with pytest.raises(ValueError, match="float32"):
         attend(tree, q, k.float(), v)
+    with pytest.raises(ValueError, match=r"4 query heads, but sinks are \(3,\)"):
+        attend(tree, q, k, v, q.new_zeros(3))
     with pytest.raises(ValueError, match=r"key_valid\[0\] has 3"):
         attend(tree, q, k, v, key_valid=[torch.ones(3, dtype=torch.bool)])
     with pytest.raises(NotImplementedError, match="second derivative"):
@@ -470,9 +516,18 @@ def opcheck_samples() -> dict:
     index, column = torch.tensor([3, -1, 0, 3]), torch.tensor([[1, 2], [-5, 77], [0, 0], [1, 1]])
     x = torch.randn(4, 6)
     return {
-        "attention": ("prefix_attention", (*[x.requires_grad_() for x in qkv], *args, 0.5, 3, "auto")),
-        "attention, no columns": ("prefix_attention", (*qkv, *args[:4], [], [], 0.5, None, "reference")),
-        "attention, half": ("prefix_attention", (*[x.bfloat16() for x in qkv], *args, 0.5, 2, "reference")),
+        "attention": (
+            "prefix_attention",
+            (*[x.requires_grad_() for x in (*qkv, torch.zeros(4))], *args, 0.5, 9.0, 3, "auto"),
+        ),
+        "attention, no columns": (
+            "prefix_attention",
+            (*qkv, None, *args[:4], [], [], 0.5, None, None, "reference"),
+        ),
+        "attention, half": (
+            "prefix_attention",
+            (*[x.bfloat16() for x in qkv], None, *args, 0.5, None, 2, "reference"),
+        ),
         "tokens": ("gather_tokens", (x.clone().requires_grad_(), index)),
         "tokens, strided": (
             "gather_tokens",
@@ -496,7 +551,7 @@ def test_opcheck(sample):
 
 def test_opcheck_of_every_engine(engine):
     name, args = opcheck_samples()["attention"]
-    segments = args[5]
+    segments = args[6]
     *args, _ = at_home(engine, args, segments)
     torch.library.opcheck(getattr(torch.ops.pgcompile, name).default, (*args, engine))
 
@@ -514,7 +569,7 @@ def small_model(engine, weights, stream, tree_tensors, key_valid, same_value, in
     """What a packed graph looks like: projections, attention, logits, and both gathers before a loss."""
     q, k, v = ((stream @ w).view(1, -1, 2, 4).transpose(1, 2) for w in weights[:3])
     mask = *tree_tensors, key_valid, same_value
-    out, _ = torch.ops.pgcompile.prefix_attention(q, k, v, *mask, 0.5, 3, engine)
+    out, _ = torch.ops.pgcompile.prefix_attention(q, k, v, None, *mask, 0.5, None, 3, engine)
     logits = (stream + out.transpose(1, 2).reshape(1, -1, 8)).tanh()[0] @ weights[3]
     rows = torch.ops.pgcompile.gather_tokens(logits.logsumexp(-1), index)
     return (torch.ops.pgcompile.gather_entries(logits, index, column)[:, 0] - rows).square()

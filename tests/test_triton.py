@@ -47,7 +47,7 @@ TYPES = {
     **dict.fromkeys(["subtree_end", "depth", "same_value"], "*i64"),
     **dict.fromkeys(["rows", "tiles"], "*i32"),
     "key_valid": "*i1",
-    "scale": "fp32",
+    **dict.fromkeys(["scale", "softcap"], "fp32"),
 }
 
 
@@ -64,7 +64,7 @@ def test_kernels_compile_for_hopper(kernel, masked):
     constants = dict(HEADS=32, GROUP=4, D=128, E=96, PADDED_D=128, PADDED_E=128, NUM_SAME=2 if masked else 0)
     constants.update(BLOCK_Q=tiling.block_q, BLOCK_K=tiling.block_k)
     if not masked:
-        constants.update(key_valid=None, same_value=None, window=None)
+        constants.update(key_valid=None, same_value=None, window=None, softcap=None)
     function = getattr(triton_kernels, f"{kernel}_kernel")
     signature = {
         name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in function.arg_names

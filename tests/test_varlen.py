@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from flash_emulator import flash_on_cpu
 from harness import BACKEND, differences, random_tree_batch, run
 from pgcompile.engines import reference, varlen
-from pgcompile.engines.contract import TreeMask
+from pgcompile.engines.contract import Scores, TreeMask
 from test_ops import (
     Tree,
     attend,
@@ -223,7 +223,7 @@ def test_gradients_of_510_answers_add_up_in_float32(way, log):
     assert (v.grad[0, 0, 0] == 1 + 510 / 2).all() and (v.grad[0, 0, 1:] == 0.5).all()
 
 
-@pytest.mark.parametrize("case", ["holes", "documents", "long heads", "many segments"])
+@pytest.mark.parametrize("case", ["holes", "documents", "long heads", "many segments", "softcap"])
 def test_what_the_kernels_cannot_do_runs_on_reference(case, log, monkeypatch):
     tree = random_tree(2)
     qkv = inputs(tree, size=264 if case == "long heads" else 8)
@@ -233,16 +233,20 @@ def test_what_the_kernels_cannot_do_runs_on_reference(case, log, monkeypatch):
         mask = {name: columns(tree)[name]}
     if case == "many segments":
         monkeypatch.setattr(varlen, "MAX_SEQUENCES", len(tree.segments) - 1)
-    why = varlen.why_not_call(qkv[0].shape[-1], tree_mask(tree, **mask))
+    softcap = 5.0 if case == "softcap" else None
+    why = varlen.why_not_heads(qkv[0].shape[-1], Scores(1.0, softcap)) or varlen.why_not_call(
+        tree_mask(tree, **mask)
+    )
     words = {
         "holes": "mask",
         "documents": "mask",
         "long heads": "264",
         "many segments": "segments",
+        "softcap": "cap",
     }
     assert why is not None and words[case] in why
     results = [
-        gradients(lambda *x, e=engine: attend(tree, *x, **mask, engine=e)[0], qkv)
+        gradients(lambda *x, e=engine: attend(tree, *x, **mask, softcap=softcap, engine=e)[0], qkv)
         for engine in ("varlen", "reference")
     ]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,4 +1,4 @@
-"""The twelve transformers models of the suite, tiny: hidden 32, 2 layers, 4 heads, vocabulary 31, no dropout."""
+"""The fourteen transformers models of the suite, tiny: hidden 32, 2 layers, 4 heads, vocabulary 31, no dropout."""
 
 import torch
 from torch import nn
@@ -43,6 +43,9 @@ CONFIGS = {
         dropout=0.0,
     ),
     "gemma": LLAMA_LIKE | dict(num_key_value_heads=1, head_dim=8),
+    "gemma2": LLAMA_LIKE | dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5),
+    "gpt_oss": LLAMA_LIKE
+    | dict(head_dim=8, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm"),
     # The second layer of four has no rotary positions by default; here the first of two.
     "smollm3": LLAMA_LIKE | dict(no_rope_layers=[0, 1]),
     "olmo2": LLAMA_LIKE,

@@ -10,7 +10,7 @@ import torch
 
 import pgcompile
 from harness import compiled, random_tree_batch, rewire
-from pgcompile.engines import blocks, per_plan, triton
+from pgcompile.engines import Scores, blocks, per_plan, triton
 from test_ops import attend, brute_force, close_to, columns, gradients, home, inputs, use_small_tiles
 from trees import random_tree, tree_of_rows
 from zoo import ZOO
@@ -51,7 +51,7 @@ def test_head_sizes_that_are_no_powers_of_two(size, value_size, monkeypatch):
 
 def test_heads_that_are_too_large_run_on_the_next_engine():
     qkv = inputs(TREE, size=triton.LARGEST_HEAD + 1)
-    assert "513" in triton.why_not_call(513, None)
+    assert "513" in triton.why_not_heads(513, Scores(1.0))
     assert torch.equal(attend(TREE, *qkv, engine="triton")[0], attend(TREE, *[x.float() for x in qkv])[0])
 
 

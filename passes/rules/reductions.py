@@ -9,7 +9,19 @@ import torch
 
 from ..layout import KEY, Dim, is_token_factor, plain
 from ..reasons import Unsupported
-from .common import Op, Operand, Outcome, broadcast, mixing, normalize_dims, operands_in, refuse, register
+from ..softmax_forms import softmax_with_sink
+from .common import (
+    WEIGHT,
+    Op,
+    Operand,
+    Outcome,
+    broadcast,
+    mixing,
+    normalize_dims,
+    operands_in,
+    refuse,
+    register,
+)
 
 aten = torch.ops.aten
 
@@ -60,6 +72,17 @@ def along_rule(op: Op, x: Operand, dim: int = -1, *_: Any, **__: Any) -> Outcome
         return mixing(x.tokens, token_dims, f"`{op.name}`")
     many = isinstance(op.result, (list, tuple))
     return Outcome((x.tokens,) * len(op.result) if many else x.tokens)
+
+
+def sink_rule(op: Op, x: Operand, sink: Operand, dim: int, *_: Any) -> Outcome | Unsupported:
+    """`softmax_with_sink`: over keys it is attention; over plain dims, the sink broadcasts."""
+    dim %= x.tokens.rank
+    if x.tokens.dims[dim] == (KEY,) and sink.kind == WEIGHT:
+        return Outcome(x.tokens)
+    if x.tokens.is_token_dim(dim):
+        return mixing(x.tokens, [dim], f"`{op.name}`")
+    found = broadcast([x, sink])
+    return found if isinstance(found, Unsupported) else Outcome(*found)
 
 
 def roll_rule(op: Op, x: Operand, shifts: Any, dims: Any = ()) -> Outcome | Unsupported:
@@ -151,6 +174,7 @@ register(
     aten._log_softmax, aten.special_log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax,
     aten.cummin, aten.flip,
 )  # fmt: skip
+register(sink_rule, softmax_with_sink)
 register(roll_rule, aten.roll)
 register(topk_rule, aten.topk)
 register(layer_norm_rule, aten.layer_norm, aten.rms_norm, aten.native_layer_norm, aten._fused_rms_norm)

@@ -11,7 +11,7 @@ An engine is a module with the functions of `contract.Engine`. It computes the f
 """
 
 from . import cpu, reference, triton, varlen
-from .contract import Engine, TreeMask
+from .contract import Engine, Scores, TreeMask
 
 ENGINES: dict[str, Engine] = {
     "reference": reference,
@@ -20,4 +20,4 @@ ENGINES: dict[str, Engine] = {
     "triton": triton,
 }
 
-__all__ = ["ENGINES", "Engine", "TreeMask"]
+__all__ = ["ENGINES", "Engine", "Scores", "TreeMask"]

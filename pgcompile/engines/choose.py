@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import ENGINES, Engine, TreeMask
+from . import ENGINES, Engine, Scores, TreeMask
 
 # What "auto" tries, in this order; reference can always run.
 AUTO = ("cpu", "varlen", "triton", "reference")
@@ -32,13 +32,36 @@ def choose(engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     return engine, "asked for by name"
 
 
-def engine_for(engine: str, q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask) -> Engine:
-    """What computes one call: what `choose` names, or, where this call is nothing for that, the next in `AUTO`.
+def choose_for_heads(
+    engine: str, device: torch.device, dtype: torch.dtype, size: int, scores: Scores
+) -> tuple[str, str]:
+    """The same for one attention of a model: what `choose` names, or, if that is nothing for it, the next in `AUTO`.
 
-    It depends on sizes and on which columns there are, so forward and backward get the same.
+    Args:
+        size: of the largest head.
     """
-    device, dtype = q_1HTD.device, q_1HTD.dtype
-    name, _ = choose(engine, device, dtype)
-    able = (ENGINES[n] for n in AUTO[AUTO.index(name) :] if ENGINES[n].why_not(device, dtype) is None)
-    size = max(q_1HTD.shape[-1], v_1KTE.shape[-1])
-    return next(found for found in able if found.why_not_call(size, mask) is None)
+    chosen, why = choose(engine, device, dtype)
+    for name in AUTO[AUTO.index(chosen) :]:
+        if ENGINES[name].why_not(device, dtype) is None:
+            reason = ENGINES[name].why_not_heads(size, scores)
+            if reason is None:
+                return name, why
+            why += f"; not {name}: {reason}"
+    raise AssertionError("reference computes everything")
+
+
+def engine_for(engine: str, q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scores: Scores) -> Engine:
+    """What computes one call: what `choose_for_heads` names, or, if this batch is nothing for that, the next in `AUTO`.
+
+    It depends on no value of q, k or v, so forward and backward get the same.
+    """
+    device, dtype, size = q_1HTD.device, q_1HTD.dtype, max(q_1HTD.shape[-1], v_1KTE.shape[-1])
+    name, _ = choose_for_heads(engine, device, dtype, size, scores)
+    while ENGINES[name].why_not_call(mask) is not None:
+        name, _ = choose_for_heads(_after(name, device, dtype), device, dtype, size, scores)
+    return ENGINES[name]
+
+
+def _after(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    following = AUTO[AUTO.index(name) + 1 :]
+    return next(other for other in following if ENGINES[other].why_not(device, dtype) is None)

@@ -32,17 +32,32 @@ class TreeMask(NamedTuple):
     window: int | None
 
 
+class Scores(NamedTuple):
+    """What becomes of the product of a query and a key before the mask and the softmax.
+
+    Args:
+        scale: the product is multiplied by it.
+        softcap: then `softcap * tanh(score / softcap)`, as in Gemma 2 (arXiv 2408.00118), or None.
+    """
+
+    scale: float
+    softcap: float | None = None
+
+
 class Engine(Protocol):
-    """A module with these four functions; formulas and shapes are documented in reference.py."""
+    """A module with these five functions; formulas and shapes are documented in reference.py."""
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why tensors of `dtype` on `device` are nothing for this engine, as half a sentence; None if they are."""
 
-    def why_not_call(self, size: int, mask: TreeMask) -> str | None:
-        """The same for a call with heads of `size` numbers at most; looks at no value that the host would wait for."""
+    def why_not_heads(self, size: int, scores: Scores) -> str | None:
+        """The same for a model whose heads have `size` numbers at most."""
+
+    def why_not_call(self, mask: TreeMask) -> str | None:
+        """The same for a batch; looks at no value that the host would wait for."""
 
     def attention(
-        self, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scale: float
+        self, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scores: Scores
     ) -> tuple[Tensor, Tensor]: ...
 
     def attention_backward(
@@ -54,5 +69,5 @@ class Engine(Protocol):
         out_1HTE: Tensor,
         lse_1HT: Tensor,
         mask: TreeMask,
-        scale: float,
+        scores: Scores,
     ) -> tuple[Tensor, Tensor, Tensor]: ...

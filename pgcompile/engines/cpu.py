@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .contract import TreeMask
+from .contract import Scores, TreeMask
 from .per_plan import once_per_plan
 from .split import merge, result, with_positive_scale
 
@@ -41,7 +41,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"its kernel doesn't compute in {dtype}"
 
 
-def why_not_call(size: int, mask: TreeMask) -> None:
+def why_not_heads(size: int, scores: Scores) -> str | None:
+    """See contract.Engine."""
+    return "its kernel doesn't cap scores" if scores.softcap is not None else None
+
+
+def why_not_call(mask: TreeMask) -> None:
     """See contract.Engine: nothing."""
 
 
@@ -50,10 +55,10 @@ def attention(
     k_1KTD: Tensor,
     v_1KTE: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
-    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scale)
+    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scores.scale)
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     dtype = reference.compute_dtype(q)
     out_THE = q.new_empty(q.shape, dtype=dtype)
@@ -82,10 +87,10 @@ def attention_backward(
     out_1HTE: Tensor,
     lse_1HT: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
-    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
+    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scores.scale)
     q, k, v, grad_out, out = token_major(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
     dtype = reference.compute_dtype(q)
     cutter = Cutter(mask)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .contract import TreeMask
+from .contract import Scores, TreeMask
 
 # Queries per block. The scores of a block (8 heads x 128 x 400 keys x 4 bytes: 1.6 MB) stay in a CPU core's
 # cache between the passes of the softmax; 64 and 256 were no faster on trees of 400 tokens.
@@ -28,7 +28,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> None:
     """See contract.Engine: nothing is too much for the specification."""
 
 
-def why_not_call(size: int, mask: TreeMask) -> None:
+def why_not_heads(size: int, scores: Scores) -> None:
+    """See contract.Engine."""
+
+
+def why_not_call(mask: TreeMask) -> None:
     """See contract.Engine."""
 
 
@@ -37,12 +41,12 @@ def attention(
     k_1KTD: Tensor,
     v_1KTE: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every packed token to the keys that `visible_mask` shows it.
 
-    Returns `out_1HTE` in q's dtype and `lse_1HT`, the log-sum-exp of each query's scaled scores, in the
-    compute dtype. A query that sees no key gets out = 0 and lse = -inf.
+    Returns `out_1HTE` in q's dtype and `lse_1HT`, the log-sum-exp of each query's scores, in the compute dtype. A query
+    that sees no key gets out = 0 and lse = -inf.
     """
     _, heads, tokens, _ = q_1HTD.shape
     dtype = compute_dtype(q_1HTD)
@@ -53,10 +57,10 @@ def attention(
         for block in query_blocks(forest):
             keys = slice(forest.start, block.stop)
             k_KSD, v_KSE = k_KFD[:, : keys.stop - keys.start], v_KFE[:, : keys.stop - keys.start]
-            q_KRD = fold_group(q_1HTD[0, :, block], k_KSD) * scale
+            q_KRD = fold_group(q_1HTD[0, :, block], k_KSD) * scores.scale
             visible_BS = visible_mask(block, keys, mask)
 
-            scores_KRS = masked_scores(q_KRD, k_KSD, visible_BS)
+            scores_KRS, _ = masked_scores(q_KRD, k_KSD, visible_BS, scores.softcap)
             top_KR1 = finite(scores_KRS.amax(-1, keepdim=True))
             p_KRS = exp_(scores_KRS.sub_(top_KR1))
             total_KR1 = p_KRS.sum(-1, keepdim=True)
@@ -75,14 +79,14 @@ def attention_backward(
     out_1HTE: Tensor,
     lse_1HT: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of `attention`'s out, with the dtypes and shapes of q, k and v.
 
     The formulas of flash attention (Dao et al. 2022, appendix B.2): p = exp(score - lse) is computed again
     instead of kept, dv = pᵀ dout, dscore = p * (dout vᵀ - delta) with delta = rowsum(dout * out), dq = dscore
-    k, dk = dscoreᵀ q. The products over R rows also sum the gradients of the heads that share a key head, in
-    the compute dtype.
+    k, dk = dscoreᵀ q; with a cap, dscore is multiplied by its slope. The products over R rows also sum the
+    gradients of the heads that share a key head, in the compute dtype.
     """
     heads = q_1HTD.shape[1]
     dtype = compute_dtype(q_1HTD)
@@ -94,17 +98,20 @@ def attention_backward(
             keys = slice(forest.start, block.stop)
             k_KSD, v_KSE = k_KFD[:, : keys.stop - keys.start], v_KFE[:, : keys.stop - keys.start]
             dk_KSD, dv_KSE = dk_KFD[:, : keys.stop - keys.start], dv_KFE[:, : keys.stop - keys.start]
-            q_KRD = fold_group(q_1HTD[0, :, block], k_KSD) * scale
+            q_KRD = fold_group(q_1HTD[0, :, block], k_KSD) * scores.scale
             dout_KRE, out_KRE = (fold_group(x[0, :, block], v_KSE) for x in (grad_out_1HTE, out_1HTE))
             lse_KR1 = finite(lse_1HT[0, :, block]).reshape(*q_KRD.shape[:2], 1)
             delta_KR1 = (dout_KRE * out_KRE).sum(-1, keepdim=True)
             visible_BS = visible_mask(block, keys, mask)
 
-            p_KRS = exp_(masked_scores(q_KRD, k_KSD, visible_BS).sub_(lse_KR1))
+            scores_KRS, slope_KRS = masked_scores(q_KRD, k_KSD, visible_BS, scores.softcap)
+            p_KRS = exp_(scores_KRS.sub_(lse_KR1))
             dscore_KRS = torch.bmm(dout_KRE, v_KSE.mT).sub_(delta_KR1).mul_(p_KRS)
+            if slope_KRS is not None:
+                dscore_KRS.mul_(slope_KRS)
             dv_KSE.baddbmm_(p_KRS.mT, dout_KRE)
             dk_KSD.baddbmm_(dscore_KRS.mT, q_KRD)
-            dq_KRD = torch.bmm(dscore_KRS, k_KSD).mul_(scale)
+            dq_KRD = torch.bmm(dscore_KRS, k_KSD).mul_(scores.scale)
 
             dq_1THD[0, block] = dq_KRD.view(heads, -1, q_KRD.shape[-1]).transpose(0, 1)
         dk_1TKD[0, forest] = dk_KFD.transpose(0, 1)
@@ -131,12 +138,21 @@ def visible_mask(queries: slice, keys: slice, mask: TreeMask) -> Tensor:
     return visible_BS
 
 
-def masked_scores(q_KRD: Tensor, k_KSD: Tensor, visible_BS: Tensor) -> Tensor:
-    """Scores `[K, R, S]` of scaled queries, -inf where the key is hidden; one mask serves all heads."""
-    scores_KRS = torch.bmm(q_KRD, k_KSD.mT)
+def masked_scores(
+    q_KRD: Tensor, k_KSD: Tensor, visible_BS: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores `[K, R, S]` of scaled queries, -inf where the key is hidden; one mask serves all heads.
+
+    And the derivative of the cap, if there is one: 1 - tanh².
+    """
+    scores_KRS, slope_KRS = torch.bmm(q_KRD, k_KSD.mT), None
+    if softcap is not None:
+        tanh_KRS = scores_KRS.div_(softcap).tanh_()
+        slope_KRS = 1 - tanh_KRS.square()
+        scores_KRS = tanh_KRS.mul_(softcap)
     # Adding a float mask is vectorised on CPU, masked_fill_ with a broadcast mask is not (8 times slower).
     scores_KRS.view(-1, *visible_BS.shape).add_(torch.where(visible_BS, 0.0, -torch.inf))
-    return scores_KRS
+    return scores_KRS, slope_KRS
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import blocks
-from .contract import TreeMask
+from .contract import Scores, TreeMask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -86,13 +86,17 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_call(size: int, mask: TreeMask) -> str | None:
+def why_not_heads(size: int, scores: Scores) -> str | None:
     """See contract.Engine."""
     return f"it has no tiles for heads of {size}" if padded(size) > LARGEST_HEAD else None
 
 
+def why_not_call(mask: TreeMask) -> None:
+    """See contract.Engine: nothing."""
+
+
 def attention(
-    q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scale: float
+    q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
     from .triton_kernels import forward_kernel
@@ -106,7 +110,7 @@ def attention(
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[(len(lists.rows_R4) * heads,)](
             q, k, v, out_1THE, lse_1HT, *strides(q, k, v),
-            **mask_arguments(mask), **size_arguments(q, k, v, scale), **tiling_arguments(tiling, lists),
+            **mask_arguments(mask), **size_arguments(q, k, v, scores), **tiling_arguments(tiling, lists),
         )  # fmt: skip
     return out_1THE.transpose(1, 2), lse_1HT
 
@@ -119,7 +123,7 @@ def attention_backward(
     out_1HTE: Tensor,
     lse_1HT: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
     from .triton_kernels import dkv_kernel, dq_kernel
@@ -129,7 +133,7 @@ def attention_backward(
     lse = lse_1HT.contiguous()
     delta = torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
-    shared = {**mask_arguments(mask), **size_arguments(q, k, v, scale)}
+    shared = {**mask_arguments(mask), **size_arguments(q, k, v, scores)}
     tiling = tilings(q, v)
 
     def lists(of: Any, tiling: Tiling) -> blocks.BlockLists:
@@ -182,12 +186,14 @@ def mask_arguments(mask: TreeMask) -> dict[str, Any]:
     }
 
 
-def size_arguments(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, scale: float) -> dict[str, Any]:
+def size_arguments(q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, scores: Scores) -> dict[str, Any]:
+    """Sizes, and what becomes of scores, which are powers of 2 in the kernels: natural ones times log2(e)."""
     _, heads, tokens, size = q_1HTD.shape
     value_size = v_1KTE.shape[-1]
     return {
         "num_tokens": tokens,
-        "scale": scale * math.log2(math.e),
+        "scale": scores.scale * math.log2(math.e),
+        "softcap": None if scores.softcap is None else scores.softcap * math.log2(math.e),
         "HEADS": heads,
         "GROUP": heads // k_1KTD.shape[1],
         "D": size,

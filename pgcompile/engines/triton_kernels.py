@@ -4,7 +4,7 @@ A program owns one tile of queries (or of keys, for dk and dv) of one head and w
 `blocks.BlockLists` names: partial tiles with the mask formula, full ones with the columns alone, if there are any.
 Nothing is added up by atomics: every run gives the same bits.
 
-Scores are powers of 2 inside: `scale` comes multiplied by log2(e), lse leaves as a natural logarithm. Every dot product
+Scores are powers of 2 inside; lse leaves as a natural logarithm. Every dot product
 of float32 is exact in its factors ("ieee"; tensor cores would round them to tf32).
 
 Shapes by suffix: B queries and S keys of a tile, D size of a query or key head, E size of a value head, both padded to
@@ -14,6 +14,7 @@ adjacent columns; what a kernel writes is contiguous, token-major, and lse and d
 Arguments that all kernels have:
     subtree_end, depth: int [T]; key_valid: bool [T] or None; same_value: int [NUM_SAME, T] or None; window or None:
         the mask, as in `contract.TreeMask`.
+    scale; softcap or None: as in `contract.Scores`, both multiplied by log2(e).
     rows, tiles: `blocks.BlockLists`.
     *_token, *_head: strides in elements.
 """
@@ -80,9 +81,24 @@ def hide(
 
 
 @triton.jit
+def cap(scores, softcap):
+    """softcap * tanh(scores / softcap), which lies between -softcap and softcap: exp2 must not overflow."""
+    small = tl.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
+    size = softcap * (1.0 - small) / (1.0 + small)
+    return tl.where(scores < 0.0, -size, size)
+
+
+@triton.jit
+def slope(capped, softcap):
+    """The derivative of `cap`, from its result."""
+    tanh = capped / softcap
+    return 1.0 - tanh * tanh
+
+
+@triton.jit
 def forward_tiles(
     acc_BE, total_B, top_B, q_BD, k, v, k_token, v_token, query_start, tiles, begin, end,
-    subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
     NUM_SAME: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +110,8 @@ def forward_tiles(
         k_SD = load_tile(k, key_start, k_token, num_tokens, D, PADDED_D, BLOCK_K, PARTIAL)
         v_SE = load_tile(v, key_start, v_token, num_tokens, E, PADDED_E, BLOCK_K, PARTIAL)
         s_BS = tl.dot(q_BD, tl.trans(k_SD), input_precision="ieee") * scale
+        if softcap is not None:
+            s_BS = cap(s_BS, softcap)
         s_BS = hide(
             s_BS, query_B1, key_1S, subtree_end, depth, key_valid, same_value, window, num_tokens, NUM_SAME,
             PARTIAL,
@@ -114,7 +132,7 @@ def forward_tiles(
 def forward_kernel(
     q, k, v, out, lse,
     q_token, q_head, k_token, k_head, v_token, v_head,
-    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, rows, tiles,
+    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap, rows, tiles,
     NUM_SAME: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -133,12 +151,12 @@ def forward_kernel(
     top_B = tl.full([BLOCK_Q], -INF, tl.float32)
     acc_BE, total_B, top_B = forward_tiles(
         acc_BE, total_B, top_B, q_BD, k, v, k_token, v_token, query_start, tiles, begin, split,
-        subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+        subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
         NUM_SAME, D, E, PADDED_D, PADDED_E, BLOCK_Q, BLOCK_K, True,
     )  # fmt: skip
     acc_BE, total_B, top_B = forward_tiles(
         acc_BE, total_B, top_B, q_BD, k, v, k_token, v_token, query_start, tiles, split, end,
-        subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+        subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
         NUM_SAME, D, E, PADDED_D, PADDED_E, BLOCK_Q, BLOCK_K, False,
     )  # fmt: skip
 
@@ -152,7 +170,7 @@ def forward_kernel(
 @triton.jit
 def dq_tiles(
     dq_BD, q_BD, grad_out_BE, lse_B, delta_B, k, v, k_token, v_token, query_start, tiles, begin, end,
-    subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
     NUM_SAME: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -163,13 +181,17 @@ def dq_tiles(
         k_SD = load_tile(k, key_start, k_token, num_tokens, D, PADDED_D, BLOCK_K, PARTIAL)
         v_SE = load_tile(v, key_start, v_token, num_tokens, E, PADDED_E, BLOCK_K, PARTIAL)
         s_BS = tl.dot(q_BD, tl.trans(k_SD), input_precision="ieee") * scale
-        s_BS = hide(
+        if softcap is not None:
+            s_BS = cap(s_BS, softcap)
+        hidden_BS = hide(
             s_BS, query_B1, key_1S, subtree_end, depth, key_valid, same_value, window, num_tokens, NUM_SAME,
             PARTIAL,
         )  # fmt: skip
-        p_BS = tl.exp2(s_BS - lse_B[:, None])
+        p_BS = tl.exp2(hidden_BS - lse_B[:, None])
         dp_BS = tl.dot(grad_out_BE, tl.trans(v_SE), input_precision="ieee")
         ds_BS = p_BS * (dp_BS - delta_B[:, None])
+        if softcap is not None:
+            ds_BS *= slope(s_BS, softcap)
         dq_BD += tl.dot(ds_BS.to(k_SD.dtype), k_SD, input_precision="ieee")
     return dq_BD
 
@@ -178,7 +200,7 @@ def dq_tiles(
 def dq_kernel(
     grad_out, q, k, v, out, lse, delta, dq,
     grad_out_token, grad_out_head, q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
-    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, rows, tiles,
+    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap, rows, tiles,
     NUM_SAME: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -202,12 +224,12 @@ def dq_kernel(
     dq_BD = tl.zeros([BLOCK_Q, PADDED_D], tl.float32)
     dq_BD = dq_tiles(
         dq_BD, q_BD, grad_out_BE, lse_B, delta_B, k, v, k_token, v_token, query_start, tiles, begin, split,
-        subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+        subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
         NUM_SAME, D, E, PADDED_D, PADDED_E, BLOCK_Q, BLOCK_K, True,
     )  # fmt: skip
     dq_BD = dq_tiles(
         dq_BD, q_BD, grad_out_BE, lse_B, delta_B, k, v, k_token, v_token, query_start, tiles, split, end,
-        subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+        subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
         NUM_SAME, D, E, PADDED_D, PADDED_E, BLOCK_Q, BLOCK_K, False,
     )  # fmt: skip
     store_tile(dq + head * D, dq_BD * (scale * LN2), query_start, HEADS * D, num_tokens, D, PADDED_D, BLOCK_Q)
@@ -223,7 +245,7 @@ def load_lse(lse, query, num_tokens):
 @triton.jit
 def dkv_tiles(
     dk_SD, dv_SE, k_SD, v_SE, q, grad_out, lse, delta, q_token, grad_out_token, key_start, tiles, begin, end,
-    subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
     NUM_SAME: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -239,14 +261,18 @@ def dkv_tiles(
         lse_B = load_lse(lse, query_B, num_tokens)
         delta_B = tl.load(delta + query_B, mask=query_B < num_tokens, other=0.0)
         s_SB = tl.dot(k_SD, tl.trans(q_BD), input_precision="ieee") * scale
-        s_SB = hide(
+        if softcap is not None:
+            s_SB = cap(s_SB, softcap)
+        hidden_SB = hide(
             s_SB, query_B[None, :], key_S1, subtree_end, depth, key_valid, same_value, window, num_tokens, NUM_SAME,
             PARTIAL,
         )  # fmt: skip
-        p_SB = tl.exp2(s_SB - lse_B[None, :])
+        p_SB = tl.exp2(hidden_SB - lse_B[None, :])
         dv_SE += tl.dot(p_SB.to(grad_out_BE.dtype), grad_out_BE, input_precision="ieee")
         dp_SB = tl.dot(v_SE, tl.trans(grad_out_BE), input_precision="ieee")
         ds_SB = p_SB * (dp_SB - delta_B[None, :])
+        if softcap is not None:
+            ds_SB *= slope(s_SB, softcap)
         dk_SD += tl.dot(ds_SB.to(q_BD.dtype), q_BD, input_precision="ieee")
     return dk_SD, dv_SE
 
@@ -255,7 +281,7 @@ def dkv_tiles(
 def dkv_kernel(
     grad_out, q, k, v, lse, delta, dk, dv,
     grad_out_token, grad_out_head, q_token, q_head, k_token, k_head, v_token, v_head,
-    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, rows, tiles,
+    subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap, rows, tiles,
     NUM_SAME: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, PADDED_D: tl.constexpr, PADDED_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -275,13 +301,13 @@ def dkv_kernel(
         dk_SD, dv_SE = dkv_tiles(
             dk_SD, dv_SE, k_SD, v_SE, q + head * q_head, grad_out + head * grad_out_head, lse + head * num_tokens,
             delta + head * num_tokens, q_token, grad_out_token, key_start, tiles, begin, split,
-            subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+            subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
             NUM_SAME, D, E, PADDED_D, PADDED_E, BLOCK_Q, BLOCK_K, True,
         )  # fmt: skip
         dk_SD, dv_SE = dkv_tiles(
             dk_SD, dv_SE, k_SD, v_SE, q + head * q_head, grad_out + head * grad_out_head, lse + head * num_tokens,
             delta + head * num_tokens, q_token, grad_out_token, key_start, tiles, split, end,
-            subtree_end, depth, key_valid, same_value, window, num_tokens, scale,
+            subtree_end, depth, key_valid, same_value, window, num_tokens, scale, softcap,
             NUM_SAME, D, E, PADDED_D, PADDED_E, BLOCK_Q, BLOCK_K, False,
         )  # fmt: skip
     dk_SD *= scale * LN2

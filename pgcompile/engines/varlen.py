@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .contract import TreeMask
+from .contract import Scores, TreeMask
 from .per_plan import once_per_plan, to_device
 from .split import merge, result, with_positive_scale
 
@@ -50,10 +50,10 @@ def attention(
     k_1KTD: Tensor,
     v_1KTE: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
-    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scale)
+    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scores.scale)
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     first, *levels = planned_calls(mask, q, k)
     out_THE, lse_HT = _forward(first, q, k, v, scale)
@@ -75,10 +75,10 @@ def attention_backward(
     out_1HTE: Tensor,
     lse_1HT: Tensor,
     mask: TreeMask,
-    scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
-    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scale)
+    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scores.scale)
     tensors = token_major(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE)
     q, k = tensors[1:3]
     lse_TH = lse_1HT[0].t()
@@ -117,11 +117,18 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def why_not_call(size: int, mask: TreeMask) -> str | None:
+def why_not_heads(size: int, scores: Scores) -> str | None:
     """See contract.Engine."""
-    segments = len(mask.segments_M5)
     if size > MAX_SIZE:
         return f"flash attention has no kernel for heads of {size}"
+    if scores.softcap is not None:
+        return "PyTorch's flash attention doesn't cap scores"
+    return None
+
+
+def why_not_call(mask: TreeMask) -> str | None:
+    """See contract.Engine."""
+    segments = len(mask.segments_M5)
     if segments > MAX_SEQUENCES:
         return f"flash attention takes at most {MAX_SEQUENCES} sequences, the tree has {segments} segments"
     if mask.key_valid or mask.same_value:

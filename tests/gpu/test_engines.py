@@ -99,7 +99,7 @@ def attend(batch: Batch, q, k, v, grad, engine: str, window: int | None = None, 
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     hides = torch.tensor([len(key_valid) > 0, False])
     mask = batch.subtree_end, batch.depth, batch.segments, hides, list(key_valid), []
-    out, lse = torch.ops.pgcompile.prefix_attention(q, k, v, *mask, SCALE, window, engine)
+    out, lse = torch.ops.pgcompile.prefix_attention(q, k, v, None, *mask, SCALE, None, window, engine)
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert out.transpose(1, 2).is_contiguous()
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
