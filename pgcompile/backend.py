@@ -20,9 +20,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
+from .calibration import read_speed
 from .chunks import number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
-from .cost import MIN_SAVING, Cost, count_work
+from .cost import Cost, count_work, saved_work, why_not_worth_it
 from .engines import Scores
 from .engines.choose import choose_for_heads
 from .errors import backward_failures, belongs_to_caller
@@ -148,6 +149,8 @@ class PackedCall:
         self.aten = compilation.aten
         self.options, self.collector, self.index = options, collector, index
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
+        outs = [match.node.meta["val"] for match in self.graphs.matches]
+        self.speed = read_speed(outs[0].device, outs[0].dtype) if outs else None
         self.dense = DenseGraph(compilation.dynamo, options)
         self.families: dict[Any, Family] = {}
         self.trees = PackedTrees()
@@ -208,14 +211,14 @@ class PackedCall:
         report.kept_padding = plan.kept_padding
         report.segments, report.depth = plan.tree.num_segments, plan.tree.max_segment_depth
         report.dense_pairs, report.packed_pairs = plan.dense_pairs, plan.packed_pairs
-        report.saving = self.cost.saving(plan)
+        report.work = self.cost.dense(plan), self.cost.packed(plan)
+        report.saving = saved_work(*report.work)
         stats.count(
             dense_tokens=plan.dense_tokens, valid_tokens=plan.valid_tokens, packed_tokens=plan.tokens,
             plans_reused=plan.is_known, plan_seconds=time.perf_counter() - started,
         )  # fmt: skip
-        wanted = MIN_SAVING if self.options.min_saving is None else self.options.min_saving
-        if self.options.min_saving != 0 and report.saving < wanted:
-            text = f"packing would save {report.saving:.0%} of the work, less than {wanted:.0%}"
+        text = why_not_worth_it(*report.work, self.options.min_saving, self.speed)
+        if text is not None:
             if any(results[i].requires_grad for i, _ in self.graphs.keys):
                 text += (
                     "; a float input requires grad (from behind a graph break, say), so rows share nothing"

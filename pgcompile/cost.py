@@ -1,9 +1,10 @@
-"""Counted work: what a batch costs dense and packed, in multiply-adds of its linear layers and its attention."""
+"""What a batch costs dense and packed: counted work, and, where a device was calibrated, seconds."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
@@ -19,23 +20,96 @@ MIN_SAVING = 0.1
 _LINEAR = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1, aten.matmul.default: 1}
 
 
+class Work(NamedTuple):
+    """What one call does.
+
+    Args:
+        linear, attention: multiply-adds.
+        segments: of the tree, once for each attention.
+        planned: tokens of the dense batch that were planned, and are unpacked.
+    """
+
+    linear: int
+    attention: int
+    segments: int = 0
+    planned: int = 0
+
+
 @dataclass(frozen=True)
 class Cost:
     """Multiply-adds: `per_token` of the linear layers, `per_scored` of those that only scored tokens go through,
-    `per_pair` of attention (a query and a key it sees)."""
+    `per_pair` of attention (a query and a key it sees); and the number of attentions."""
 
     per_token: int
     per_scored: int
     per_pair: int
+    attentions: int
 
-    def saving(self, plan: Plan) -> float:
-        """Share of the work that packing saves, 0 to 1 (negative if it costs more)."""
-        dense = self.per_token * plan.dense_tokens + self.per_pair * plan.dense_pairs
-        packed = self.per_token * plan.tokens + self.per_pair * plan.packed_pairs
-        if plan.scored is not None:
-            dense += self.per_scored * plan.scored.dense
-            packed += self.per_scored * plan.scored.tokens
-        return 1 - packed / dense if dense else 0.0
+    def dense(self, plan: Plan) -> Work:
+        scored = 0 if plan.scored is None else plan.scored.dense
+        linear = self.per_token * plan.dense_tokens + self.per_scored * scored
+        return Work(linear, self.per_pair * plan.dense_pairs)
+
+    def packed(self, plan: Plan) -> Work:
+        scored = 0 if plan.scored is None else plan.scored.tokens
+        linear = self.per_token * plan.tokens + self.per_scored * scored
+        segments = plan.tree.num_segments * self.attentions
+        return Work(linear, self.per_pair * plan.packed_pairs, segments, plan.dense_tokens)
+
+
+def saved_work(dense: Work, packed: Work) -> float:
+    """Share of the multiply-adds that packing saves, 0 to 1 (negative if there are more)."""
+    before, after = (work.linear + work.attention for work in (dense, packed))
+    return 1 - after / before if before else 0.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a training step on one device, per unit of what is counted; `pgcompile bench --calibrate` fits them.
+
+    Args:
+        linear: of a multiply-add of linear layers.
+        dense_attention, packed_attention: of a multiply-add of attention.
+        segment: of a segment of the tree in one attention.
+        planned: of a token of the dense batch, for planning and unpacking.
+        call: of a packed call, whatever its batch.
+    """
+
+    linear: float
+    dense_attention: float
+    packed_attention: float
+    segment: float
+    planned: float
+    call: float
+
+    def dense(self, work: Work) -> float:
+        return self.linear * work.linear + self.dense_attention * work.attention
+
+    def packed(self, work: Work) -> float:
+        return (
+            self.linear * work.linear
+            + self.packed_attention * work.attention
+            + self.segment * work.segments
+            + self.planned * work.planned
+            + self.call
+        )
+
+
+def why_not_worth_it(dense: Work, packed: Work, min_saving: float | None, speed: Speed | None) -> str | None:
+    """Why a batch had better run as it was, as a sentence; None if packing pays.
+
+    Args:
+        min_saving: `Options.min_saving`; None leaves the decision to `speed`, or, without one, to MIN_SAVING.
+    """
+    if min_saving is None and speed is not None:
+        before, after = speed.dense(dense), speed.packed(packed)
+        if after < before:
+            return None
+        return f"packed, it would take {1e3 * after:.3g} ms, as it is {1e3 * before:.3g} ms (calibrated)"
+    wanted, saving = MIN_SAVING if min_saving is None else min_saving, saved_work(dense, packed)
+    if min_saving == 0 or saving >= wanted:
+        return None
+    return f"packing would save {saving:.0%} of the work, less than {wanted:.0%}"
 
 
 def count_work(analysis: Analysis, graphs: PackedGraphs) -> Cost:
@@ -55,4 +129,4 @@ def count_work(analysis: Analysis, graphs: PackedGraphs) -> Cost:
             f for dim in analysis.values[match.q].layout.dims[:-2] for f in dim if isinstance(f, int)
         )
         per_pair += heads * (int(q[-1]) + int(v[-1]))
-    return Cost(max(per_token, 1), per_scored, per_pair)
+    return Cost(max(per_token, 1), per_scored, per_pair, len(graphs.matches))

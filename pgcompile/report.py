@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .cost import Work
 from .passes.reasons import HARMLESS, FallbackReason
 
 log = logging.getLogger("pgcompile")
@@ -52,7 +53,8 @@ class BatchReport:
     """One call: what the plan found and what was decided.
 
     `graph` numbers the graph; `kept_padding` counts padding that something reads and that therefore isn't dropped;
-    `saving` is the share of the counted work that packing saves; `head_chunks` is in how many parts the head ran, to
+    `work` is what was counted for the batch as it is and packed; `saving` is the share of multiply-adds that packing
+    saves; `head_chunks` is in how many parts the head ran, to
     save memory, and is computed again in backward (0: whole); `decision` is "packed" or "dense", `why` says why.
     """
 
@@ -67,6 +69,7 @@ class BatchReport:
     depth: int = 0
     dense_pairs: int = 0
     packed_pairs: int = 0
+    work: tuple[Work, Work] = (Work(0, 0), Work(0, 0))
     saving: float = 0.0
     head_chunks: int = 0
     decision: str = "dense"

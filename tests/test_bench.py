@@ -245,7 +245,7 @@ def why_wrong(model, case, run_of):
     """The judgement of a contestant in float32."""
     made = setup(model, case)
     yardstick = Yardstick.of(model, made.batch, "step")
-    runner = measure._Runner(Row(""), made, run_of(made))
+    runner = measure.Runner(Row(""), made, run_of(made))
     return yardstick.why_wrong(measure._first_call(runner, model, "step")[1])
 
 

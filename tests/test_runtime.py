@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from harness import (
     ALWAYS_PACK,
@@ -594,6 +596,31 @@ def test_inductor_compiles_once():
         assert_equals_eager(fast, model, random_tree_batch(rows=rows, positions=positions, seed=seed))
     stats = pgcompile.stats()
     assert stats.packed == len(SHAPES) and stats.compiles == 1
+
+
+@pytest.mark.slow
+def test_twenty_more_shapes_compile_nothing(monkeypatch):
+    """After two shapes, by inductor: neither Dynamo, nor a packed artifact, nor a dense one."""
+    calls = []
+    compile_inner = inner.compile_inner
+    monkeypatch.setattr(inner, "compile_inner", lambda *args: calls.append(args) or compile_inner(*args))
+    model = zoo()
+    fast = compiled(model, {"inner": "inductor", "min_saving": None})
+    chance = random.Random(0)
+    for number in range(22):
+        rows, positions = chance.randint(2, 12), chance.randint(18, 60)
+        shared = torch.randint(13, (rows, positions))
+        shared[:, :-1] = shared[:1, :-1].clone()
+        apart = torch.randint(13, (rows, positions))
+        apart[:, 0] = torch.arange(rows)
+        for ids in (shared, apart):
+            fast(ids).square().mean().backward()
+        if number == 1:
+            frames = counters["stats"]["unique_graphs"]
+            compiles = len(calls)
+    stats = pgcompile.stats()
+    assert (stats.packed, stats.dense) == (22, 22)
+    assert len(calls) == compiles and counters["stats"]["unique_graphs"] == frames
 
 
 @pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager"])

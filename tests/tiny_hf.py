@@ -45,7 +45,13 @@ CONFIGS = {
     "gemma": LLAMA_LIKE | dict(num_key_value_heads=1, head_dim=8),
     "gemma2": LLAMA_LIKE | dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=5),
     "gpt_oss": LLAMA_LIKE
-    | dict(head_dim=8, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm"),
+    | dict(
+        head_dim=8,
+        sliding_window=5,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        experts_implementation="batched_mm",
+    ),
     # The second layer of four has no rotary positions by default; here the first of two.
     "smollm3": LLAMA_LIKE | dict(no_rope_layers=[0, 1]),
     "olmo2": LLAMA_LIKE,

@@ -10,6 +10,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..calibration import calibration_file, write_speed
 from ..cli.run import parse_options
 from ..files import write_atomically
+from . import calibrate
 from .cases import GRIDS, Case, group_case, tree_case
 from .contestants import CONTESTANTS, OURS
 from .machine import describe, keep_freed_memory
 from .measure import measure
-from .models import SIZES, build_model, count_work
+from .models import SIZES, Model, build_model, count_work
 from .page import page, read_notes
 from .plot import draw
 from .results import Record, read, write
@@ -107,6 +110,15 @@ class _Plan:
 @click.option(
     "--notes", type=_FILE, help="With --markdown, a TOML file that says why a case is below 95% of the ideal."
 )
+@click.option(
+    "--calibrate", is_flag=True,
+    help="Instead of cases, time random batches, dense and packed, and keep what their seconds say about this device: "
+    "from then on pgcompile packs a batch if that is faster. About two minutes.",
+)  # fmt: skip
+@click.option(
+    "--test-batches", type=_POSITIVE, default=20, show_default=True,
+    help="With --calibrate, other batches to try the result on.",
+)  # fmt: skip
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def bench(**given: Any) -> None:
     """Time a training step: packed by pgcompile, dense, and as others share prefixes.
@@ -130,6 +142,12 @@ def bench(**given: Any) -> None:
     notes = read_notes(given["notes"]) if given["notes"] is not None else {}
     console = Console(highlight=False)
     code = 0
+    if given["calibrate"]:
+        known = ("calibrate", "test_batches", "device", "dtype", "model", "layers", "phase", "repeats")
+        other = [p.opts[0] for p in _typed() if p.name not in known]
+        if other:
+            raise click.UsageError(f"--calibrate has batches of its own; leave out {other[0]}")
+        return _calibrate(_plan(given), given, console)
     if files:
         records = [record for file in files for record in read(file)]
     else:
@@ -174,23 +192,10 @@ def _measured(
 ) -> Iterator[tuple[Case, Record]]:
     """Measure one after the other, until the budget is spent."""
     started = time.monotonic()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")  # of models, inductor and the profiler
-    device = torch.device(given["device"])
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch._dynamo.reset()
-    longest = max(case.most_tokens for case in plan.cases)
-    model = build_model(given["model"], given["layers"], longest, DTYPES[given["dtype"]], device)
-    work = count_work(model)
     chosen = {name: CONTESTANTS[name] for name in plan.names}
-    columns = (
-        BarColumn(),
-        TextColumn("{task.fields[number]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as progress, torch._dynamo.config.patch(recompile_limit=64):
+    longest = max(case.most_tokens for case in plan.cases)
+    with _model_of(longest, given) as model, _progress(console) as progress:
+        work = count_work(model)
         # by tokens, which says more about the time left than the number of cases
         task = progress.add_task(
             "", total=sum(case.most_rows * case.most_tokens for case in cases), number=""
@@ -206,11 +211,62 @@ def _measured(
                 case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options, tell
             )
             record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
-            record.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            record.date = _now()
             for line in reasons(record):
                 console.print(f"{case.name}: {line}", markup=False, soft_wrap=True)
             progress.advance(task, case.most_rows * case.most_tokens)
             yield case, record
+
+
+def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:
+    """Measure, fit, keep, and say how good it is."""
+    device, dtype = torch.device(given["device"]), DTYPES[given["dtype"]]
+    count = calibrate.FITTED + given["test_batches"]
+    scale = calibrate.scale_of(device)
+    with _model_of(calibrate.MOST_TOKENS * scale, given) as model, _progress(console) as progress:
+        task = progress.add_task("", total=count, number="")
+        samples = calibrate.sample(
+            calibrate.random_cases(scale, seed=0), count, model, given["phase"], given["repeats"],
+            lambda done: progress.update(task, completed=done, number=f"{done}/{count} batches"),
+        )  # fmt: skip
+    speed = calibrate.fit(samples[: calibrate.FITTED])
+    tested = samples[calibrate.FITTED :]
+    right, rule = (calibrate.share_right(tested, s) for s in (speed, None))
+    file = calibration_file(device, dtype)
+    about = {
+        "command": _command_line(), "date": _now(), "machine": plan.machine, "batches": calibrate.FITTED,
+        "tested": len(tested), "faster side named": right,
+    }  # fmt: skip
+    write_speed(file, speed, about)
+    text = f"tried on {len(tested)} more, it names the faster side of {right:.1%}; counted work alone, of {rule:.1%}"
+    console.print(f"{text}\nkept in {file}; remove the file to go back", soft_wrap=True)
+
+
+@contextmanager
+def _model_of(longest: int, given: dict[str, Any]) -> Iterator[Model]:
+    """The model for rows of up to `longest` tokens, while Dynamo compiles as often as it takes."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")  # of models, inductor and the profiler
+    device = torch.device(given["device"])
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield build_model(given["model"], given["layers"], longest, DTYPES[given["dtype"]], device)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[number]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    return Progress(*columns, console=console)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _plan(given: dict[str, Any]) -> _Plan:
@@ -296,6 +352,9 @@ def _command_line() -> str:
     for parameter in _typed():
         value: Any = click.get_current_context().params[parameter.name or ""]
         values: Sequence[Any] = value if isinstance(value, tuple) else (value,)
-        flag = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
-        words += [word for v in values for word in (*flag, str(v))]
+        name = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words += name
+        else:
+            words += [word for v in values for word in (*name, str(v))]
     return shlex.join(words)

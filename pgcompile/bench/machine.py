@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..calibration import processor
 
 # bfloat16 without sparsity, operations per second, from NVIDIA's data sheets; a name that contains another comes first.
 PEAKS = {
@@ -31,7 +32,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     versions = {"pgcompile": _own_version()} | {name: v for name, v in found.items() if v is not None}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {
-        "device": name, "processor": _processor(), "threads": torch.get_num_threads(),
+        "device": name, "processor": processor(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "versions": versions,
     }  # fmt: skip
 
@@ -62,14 +63,6 @@ def _own_version() -> str:
             if place.parts[0] not in ("bench", "cli", "coverage", "passes"):  # the last is the other folder
                 digest.update(f"{place}\n".encode() + file.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:8]}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

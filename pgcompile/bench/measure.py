@@ -26,7 +26,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass
-class _Runner:
+class Runner:
     """A contestant at work."""
 
     row: Row
@@ -58,7 +58,7 @@ def measure(
     runners = []
     for name, contestant in chosen.items():
         row = Row(name, is_dense=contestant.is_dense)
-        runner = _Runner(row, Setup(model, batch, case.masked, phase, options))
+        runner = Runner(row, Setup(model, batch, case.masked, phase, options))
         record.rows.append(row)
         runners.append(runner)
         with _judged(row):
@@ -80,7 +80,7 @@ def measure(
                 tell(f"{runner.row.name}, {repeat + 1} of {repeats}")
                 with _judged(runner.row):
                     before = stats().plan_seconds
-                    runner.row.seconds.append(_timed(runner, model, phase)[0])
+                    runner.row.seconds.append(timed(runner, model, phase)[0])
                     runner.row.planning_seconds.append(stats().plan_seconds - before)
     _clear(model)
     for runner in runners:
@@ -88,7 +88,7 @@ def measure(
     return record
 
 
-def _check(runners: list[_Runner], model: Model, batch: Batch, phase: str, tell: Tell) -> None:
+def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: Tell) -> None:
     """Each contestant's first call, compared with the truth."""
     if not any(runner.is_running for runner in runners):
         return
@@ -115,15 +115,15 @@ def _check(runners: list[_Runner], model: Model, batch: Batch, phase: str, tell:
                     runner.row.status, runner.row.reason = "wrong", reason
 
 
-def _first_call(runner: _Runner, model: Model, phase: str) -> tuple[float, Outcome]:
+def _first_call(runner: Runner, model: Model, phase: str) -> tuple[float, Outcome]:
     """Its seconds, and what came out."""
-    seconds, logprobs = _timed(runner, model, phase)
+    seconds, logprobs = timed(runner, model, phase)
     logprobs = logprobs.detach().masked_fill(runner.setup.batch.weights == 0, 0)
     gradients = [p.grad for p in model.module.parameters()] if phase == "step" else []
     return seconds, Outcome(logprobs.cpu(), [None if g is None else g.cpu() for g in gradients])
 
 
-def _timed(runner: _Runner, model: Model, phase: str) -> tuple[float, Tensor]:
+def timed(runner: Runner, model: Model, phase: str) -> tuple[float, Tensor]:
     """A step: seconds, and log-probabilities. Gradients are dropped before it, the optimizer isn't part of it."""
     device = runner.setup.batch.ids.device
     _clear(model)
@@ -134,7 +134,7 @@ def _timed(runner: _Runner, model: Model, phase: str) -> tuple[float, Tensor]:
     return time.perf_counter() - started, logprobs
 
 
-def _step(runner: _Runner, phase: str) -> Tensor:
+def _step(runner: Runner, phase: str) -> Tensor:
     assert runner.run is not None
     if phase == "forward":
         with torch.no_grad():
@@ -169,7 +169,7 @@ def _judged(row: Row) -> Iterator[None]:
         _free()
 
 
-def _take_reports(runner: _Runner) -> None:
+def _take_reports(runner: Runner) -> None:
     """What pgcompile says about its last batch, and about graphs that it left alone."""
     batches = [r for r in runner.setup.reports if isinstance(r, BatchReport)]
     graphs = [r for r in runner.setup.reports if isinstance(r, GraphReport)]

@@ -15,6 +15,7 @@ from torch import nn
 import pgcompile
 
 from ..bench.machine import installed_version
+from ..calibration import calibration_file, read_speed
 from ..engines import ENGINES
 from ..engines.choose import choose
 from ..options import Options
@@ -38,6 +39,7 @@ def doctor() -> None:
         table.add_row(str(device), _device_name(device))
         for dtype in (torch.float32, torch.bfloat16):
             table.add_row("", describe_engines(device, dtype))
+            table.add_row("", _describe_calibration(device, dtype))
     console.print(table)
     failed = False
     for inner in ("eager", "inductor"):
@@ -92,6 +94,13 @@ def describe_engines(device: torch.device, dtype: torch.dtype) -> str:
     reasons = {name: engine.why_not(device, dtype) for name, engine in ENGINES.items() if name != chosen}
     others = [f"also {name}" if why is None else f"not {name} ({why})" for name, why in reasons.items()]
     return f"{str(dtype).removeprefix('torch.')}: engine {chosen}; {', '.join(others)}"
+
+
+def _describe_calibration(device: torch.device, dtype: torch.dtype) -> str:
+    """Is there one?"""
+    if read_speed(device, dtype) is None:
+        return "not calibrated: a batch is packed if that saves a tenth of the work (`pgcompile bench --calibrate`)"
+    return f"calibrated: {calibration_file(device, dtype)}"
 
 
 def _devices() -> list[torch.device]:
