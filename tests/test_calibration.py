@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 import math
+import sys
+import types
 from dataclasses import asdict
 
 import pytest
@@ -144,15 +146,15 @@ def test_random_batches(scale):
     shares = []
     for case in cases[:50]:
         tokens = build(case, 1000).tokens
-        assert tokens["dense"] <= 4096 * scale
+        assert tokens["dense"] <= calibrate.MOST_TOKENS * scale
         shares.append(tokens["distinct"] / tokens["dense"])
     assert min(shares) < 0.4 and sum(share > 0.9 for share in shares) > 3, "hard ones, too"
 
 
 def test_bench_calibrate(cache, monkeypatch):
     monkeypatch.setattr(calibrate, "FITTED", 7)
-    monkeypatch.setattr(calibrate, "BASELINE", "dense")
-    monkeypatch.setattr(calibrate, "ALWAYS", {**calibrate.ALWAYS, "inner": "eager"})
+    monkeypatch.setattr(calibrate, "BASELINE", "eager")
+    monkeypatch.setattr(calibrate, "OPTIONS", {**calibrate.OPTIONS, "inner": "eager"})
     torch._dynamo.reset()
     command = ["--calibrate", "--test-batches", "2", "--layers", "1", "--repeats", "1", "--device", "cpu"]
     done = CliRunner().invoke(bench, command, catch_exceptions=False)
@@ -163,6 +165,25 @@ def test_bench_calibrate(cache, monkeypatch):
     assert speed is not None and speed.linear > 0
     about = json.loads(file.read_text())
     assert "--calibrate --test-batches 2" in about["command"] and about["batches"] == 7
+
+
+class _ReadsTheFuture(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).flip(1))
+
+
+def test_a_model_that_is_not_packed(cache, monkeypatch):
+    monkeypatch.setattr(calibrate, "BASELINE", "eager")
+    made_up = types.ModuleType("made_up_models")
+    made_up.future = _ReadsTheFuture
+    monkeypatch.setitem(sys.modules, "made_up_models", made_up)
+    done = CliRunner().invoke(bench, ["--calibrate", "--model", "made_up_models:future", "--device", "cpu"])
+    assert done.exit_code == 1 and "the model isn't packed: " in done.output
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize(

@@ -223,13 +223,17 @@ def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:
     device, dtype = torch.device(given["device"]), DTYPES[given["dtype"]]
     count = calibrate.FITTED + given["test_batches"]
     scale = calibrate.scale_of(device)
+    given["layers"] = given["layers"] or calibrate.LAYERS
     with _model_of(calibrate.MOST_TOKENS * scale, given) as model, _progress(console) as progress:
         task = progress.add_task("", total=count, number="")
-        samples = calibrate.sample(
-            calibrate.random_cases(scale, seed=0), count, model, given["phase"], given["repeats"],
-            lambda done: progress.update(task, completed=done, number=f"{done}/{count} batches"),
-        )  # fmt: skip
-    speed = calibrate.fit(samples[: calibrate.FITTED])
+        try:
+            samples = calibrate.sample(
+                calibrate.random_cases(scale, seed=0), count, model, given["phase"], given["repeats"],
+                lambda done: progress.update(task, completed=done, number=f"{done}/{count} batches"),
+            )  # fmt: skip
+            speed = calibrate.fit(samples[: calibrate.FITTED])
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
     tested = samples[calibrate.FITTED :]
     right, rule = (calibrate.share_right(tested, s) for s in (speed, None))
     file = calibration_file(device, dtype)

@@ -94,19 +94,34 @@ def inputs(batch: Batch, shape: tuple[int, int, int, int], dtype: torch.dtype) -
     ]
 
 
-def attend(batch: Batch, q, k, v, grad, engine: str, window: int | None = None, key_valid=()) -> list[Tensor]:
+def attend(
+    batch: Batch,
+    q,
+    k,
+    v,
+    grad,
+    engine: str,
+    window: int | None = None,
+    key_valid=(),
+    softcap=None,
+    sinks=None,
+) -> list[Tensor]:
     """out, dq, dk, dv."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     hides = torch.tensor([len(key_valid) > 0, False])
     mask = batch.subtree_end, batch.depth, batch.segments, hides, list(key_valid), []
-    out, lse = torch.ops.pgcompile.prefix_attention(q, k, v, None, *mask, SCALE, None, window, engine)
+    out, lse = torch.ops.pgcompile.prefix_attention(q, k, v, sinks, *mask, SCALE, softcap, window, engine)
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
     assert out.transpose(1, 2).is_contiguous()
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
 
 
-def dense(batch: Batch, q, k, v, grad, window: int | None, key_valid=()) -> list[Tensor]:
-    """The same from SDPA on the rows; a token's gradient stands where its representative does."""
+def dense(
+    batch: Batch, q, k, v, grad, window: int | None, key_valid=(), softcap=None, sinks=None
+) -> list[Tensor]:
+    """The same from SDPA on the rows, which is spelled out where that has no word for it; a token's gradient stands
+    where its representative does.
+    """
     index = batch.class_of.clamp(min=0)
     q, k, v = (x[0][:, index].transpose(0, 1).detach().requires_grad_() for x in (q, k, v))
     grad_rows = torch.zeros(*q.shape[:3], grad.shape[-1], dtype=grad.dtype, device=DEVICE)
@@ -118,9 +133,12 @@ def dense(batch: Batch, q, k, v, grad, window: int | None, key_valid=()) -> list
         mask = ((distance >= 0) & (distance < (window or len(position))))[None, None]
         for valid in key_valid:
             mask = mask & valid[index][:, None, None]
-    out = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=SCALE, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=SCALE, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    else:
+        out = spelled(q, k, v, softcap, sinks)
     grads = torch.autograd.grad(out, (q, k, v), grad_rows)
     packed = [out.detach()[batch.row, :, batch.position].transpose(0, 1)[None]]
     kept = batch.class_of >= 0
@@ -129,6 +147,20 @@ def dense(batch: Batch, q, k, v, grad, window: int | None, key_valid=()) -> list
         total.index_put_((batch.class_of[kept],), x.transpose(1, 2)[kept].double(), accumulate=True)
         packed.append(total.transpose(0, 1)[None])
     return packed
+
+
+def spelled(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Causal attention as models write it."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.mT * SCALE
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ v
+    return scores.softmax(-1) @ v
 
 
 def check(batch: Batch, shape, dtype: torch.dtype, engine: str, **mask) -> None:
@@ -175,6 +207,14 @@ def test_both_ways_of_varlen(name, way, monkeypatch):
 @pytest.mark.parametrize(("engine", "dtype"), CASES)
 def test_windows(engine, dtype, window):
     check(batch("branching"), SHAPES["gqa"], dtype, engine, window=window)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5, 50.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(("engine", "dtype"), CASES)
+def test_capped_scores_and_sinks(engine, dtype, with_sinks, softcap):
+    sinks = torch.linspace(-2, 8, 8, device=DEVICE) if with_sinks else None
+    check(batch("branching"), SHAPES["gqa"], dtype, engine, softcap=softcap, sinks=sinks)
 
 
 @pytest.mark.parametrize(("engine", "dtype"), CASES)
