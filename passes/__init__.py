@@ -16,6 +16,7 @@ from .head import split_head
 from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
 from .reroll import reroll
+from .softmax_forms import SOFTMAXES
 from .verify import fake_inputs
 
 # A graph whose work is mostly behind something that couldn't be packed is better off as it was.
@@ -53,6 +54,12 @@ def functionalize_pass(c: Compilation) -> None:
     """In-place operations on the graph's own values → out of place."""
     assert c.aten is not None
     functionalize(c.aten)
+
+
+def softmax_pass(c: Compilation) -> None:
+    """Softmaxes in other spellings, and with a sink → operators."""
+    assert c.aten is not None
+    canonicalize(c.aten, SOFTMAXES)
 
 
 def reroll_pass(c: Compilation) -> None:
@@ -133,6 +140,7 @@ PASSES: tuple[Pass, ...] = (
     aten_pass,  # before all that reads operations
     canonicalize_pass,  # before what asks what depends on what
     functionalize_pass,  # before the analysis, which refuses writes
+    softmax_pass,  # after writes are gone: it moves what is read
     reroll_pass,  # after writes are gone, which lanes must not make
     analyse_pass,
     attention_pass,  # after layouts, which tell queries from keys

@@ -8,13 +8,13 @@ spelled:  matmul(q, kᵀ) → scale* → {tanh → scale}? → {scale, mask}* �
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, node_arg, same_size, shape, val
+from .graph import aten, bound_args, grad_mode, node_arg, same_size, shape, val
 from .layout import KEY, Dim, is_token_factor
 from .mask_expr import Const
 from .mask_formula import CAUSAL, MaskFormula, conjoin, read_additive, read_allowed, require_causal
@@ -92,7 +92,8 @@ def _match_sdpa(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupport
         scale = 1 / math.sqrt(shape(q)[-1])
     if isinstance(scale, fx.Node):
         return Unsupported("size_as_number", node, "the scale of attention isn't a constant")
-    return AttentionMatch(node, q, _unrepeated(k, analysis), _unrepeated(v, analysis), scale, formula, "sdpa")
+    k, v = (_unrepeated(x, grad_mode(node), analysis) for x in (k, v))
+    return AttentionMatch(node, q, k, v, scale, formula, "sdpa")
 
 
 def _sdpa_formula(node: fx.Node, mask: Any, is_causal: bool, analysis: Analysis) -> MaskFormula | Unsupported:
@@ -129,47 +130,78 @@ def _match_spelled(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupp
     if not isinstance(softmax, fx.Node) or softmax.target not in (*_SOFTMAX, softmax_with_sink):
         return Unsupported("token_mixing", node, "weights over keys that aren't the result of a softmax")
     has_sink = softmax.target is softmax_with_sink
-    if analysis.values[softmax].layout.dims[bound_args(softmax)[0][1 + has_sink]] != (KEY,):
+    _, *between, dim = bound_args(softmax)[0][: 3 if has_sink else 2]
+    sink = between[0] if has_sink else None
+    if analysis.values[softmax].layout.dims[dim] != (KEY,):
         return Unsupported("token_mixing", softmax, "a softmax over another dim than the keys")
-    masks: list[MaskFormula] = []
-    scale, softcap, after_cap = 1.0, None, 1.0
-    scores: Any = softmax.args[0]
-    while scores.target not in _PRODUCTS:
-        if scores.target is aten.tanh.default and softcap is None and scale != 0:
-            softcap, after_cap, scale = abs(scale), scale, 1.0
-            scores = scores.args[0]
-            continue
-        if scores.target is aten.baddbmm.default:
-            mask_and_scale = _read_baddbmm(scores, analysis)
-            if isinstance(mask_and_scale, Unsupported):
-                return mask_and_scale
-            if softcap is not None and mask_and_scale[0] != MaskFormula():
-                return Unsupported("finite_mask", node, "scores are capped after they were masked")
-            masks.append(mask_and_scale[0])
-            scale *= mask_and_scale[1]
-            break
-        step = _read_step(scores, analysis)
-        if isinstance(step, Unsupported):
-            return step
-        scores, factor, mask = step
-        if mask is not None and softcap is not None:
-            return Unsupported("finite_mask", node, "scores are capped after they were masked")
-        if mask is not None and scale != 1.0 and not (mask.minus_inf and scale > 0):
-            return Unsupported("finite_mask", node, "scores are scaled after they were masked")
-        masks += [mask] if mask is not None else []
-        scale *= factor
-    formula = _causal(conjoin(*masks), node, analysis)
+    if len({grad_mode(n) for n in _computed_inside(node, analysis)}) > 1:
+        return Unsupported("token_mixing", node, "a part of the attention is computed under no_grad")
+    read = _read_scores(node_arg(softmax, 0), analysis)
+    if isinstance(read, Unsupported):
+        return read
+    formula = _causal(conjoin(*read.masks), node, analysis)
     if isinstance(formula, Unsupported):
         return formula
-    q, k = scores.args[-2:]
+    product: Any = read.product
+    q, k = product.args[-2:]
     v = node_arg(node, 1)
-    sink = node_arg(softmax, 1) if has_sink else None
     if sink is not None and not _is_one_per_head(sink, q, analysis):
         return Unsupported("token_mixing", softmax, "a sink that isn't one parameter for each head")
     return AttentionMatch(
-        node, q, k, v, scale * after_cap, formula, "matmul-softmax-matmul", k_transposed=True, masked_is_zero=False,
-        softcap=softcap, sink=sink,
+        node, q, k, v, read.scale * read.after_cap, formula, "matmul-softmax-matmul", k_transposed=True,
+        masked_is_zero=False, softcap=read.softcap, sink=sink,
     )  # fmt: skip
+
+
+def _computed_inside(node: fx.Node, analysis: Analysis) -> set[fx.Node]:
+    """An attention's output, and the scores and probabilities that it is computed from."""
+    found, todo = {node}, [node]
+    while todo:
+        inside = {n for n in todo.pop().all_input_nodes if _is_scores(n, analysis)} - found
+        found |= inside
+        todo += inside
+    return found
+
+
+@dataclass
+class _Scores:
+    """What is read between a softmax and the product of queries and keys.
+
+    Args:
+        product: the last node that was read.
+        scale: factor of the scores; since the cap, if one was read: nodes are read backwards.
+        softcap, after_cap: `after_cap * tanh(…)`, and its size.
+    """
+
+    product: fx.Node
+    masks: list[MaskFormula] = field(default_factory=list)
+    scale: float = 1.0
+    softcap: float | None = None
+    after_cap: float = 1.0
+
+
+def _read_scores(node: fx.Node, analysis: Analysis) -> _Scores | Unsupported:
+    read = _Scores(node)
+    while read.product.target not in _PRODUCTS:
+        node = read.product
+        if node.target is aten.tanh.default and read.softcap is None and read.scale != 0:
+            read.softcap, read.after_cap, read.scale = abs(read.scale), read.scale, 1.0
+            read.product = node_arg(node, 0)
+            continue
+        is_product = node.target is aten.baddbmm.default
+        step = (_read_baddbmm if is_product else _read_step)(node, analysis)
+        if isinstance(step, Unsupported):
+            return step
+        read.product, factor, mask = step
+        if mask is not None and read.softcap is not None:
+            return Unsupported("finite_mask", node, "scores are capped after they were masked")
+        if mask is not None and read.scale != 1.0 and not (mask.minus_inf and read.scale > 0):
+            return Unsupported("finite_mask", node, "scores are scaled after they were masked")
+        read.masks += [mask] if mask is not None else []
+        read.scale *= factor
+        if is_product:
+            break
+    return read
 
 
 def _is_one_per_head(sink: fx.Node, q: fx.Node, analysis: Analysis) -> bool:
@@ -244,8 +276,10 @@ def _read_step(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, float, MaskF
     return Unsupported("token_mixing", node, text, hint)
 
 
-def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float] | Unsupported:
-    """`baddbmm(mask, q, kᵀ)`: the mask and the factor of the product."""
+def _read_baddbmm(
+    node: fx.Node, analysis: Analysis
+) -> tuple[fx.Node, float, MaskFormula | None] | Unsupported:
+    """`baddbmm(mask, q, kᵀ)`: itself, the factor of the product, and the mask."""
     args, kwargs = bound_args(node)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     if analysis.kind(args[0]) != PROLOGUE:
@@ -255,7 +289,7 @@ def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float
             "a bias computed from activations or parameters is added to the scores",
         )
     if beta == 0:
-        return MaskFormula(), float(alpha)
+        return node, float(alpha), None
     found = read_additive(args[0], alone=False, lead=_lead(node, analysis))
     if isinstance(found, Unsupported) or (beta != 1 and not (found.minus_inf and beta > 0)):
         return (
@@ -263,7 +297,7 @@ def _read_baddbmm(node: fx.Node, analysis: Analysis) -> tuple[MaskFormula, float
             if isinstance(found, Unsupported)
             else Unsupported("finite_mask", node, "a finite mask is scaled")
         )
-    return found, float(alpha)
+    return node, float(alpha), found
 
 
 def _lead(scores: fx.Node, analysis: Analysis) -> tuple[Dim, ...]:
@@ -310,15 +344,18 @@ def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
     return False if number == torch.finfo(val(node).dtype).min else None
 
 
-def _unrepeated(node: fx.Node, analysis: Analysis) -> fx.Node:
+def _unrepeated(node: fx.Node, mode: bool, analysis: Analysis) -> fx.Node:
     """`repeat_kv` folded back: keys and values before their heads were repeated for grouped-query attention.
 
     x [N, KV, S, D] → unsqueeze(2) → expand [N, KV, G, S, D] → reshape [N, KV*G, S, D]     becomes     x
     x [N, KV, S, D] → repeat_interleave(G, dim=1)                                          becomes     x
+
+    Args:
+        mode: the attention's grad mode; what was repeated in another one stays so.
     """
     source: Any = node
     if source.target is aten.repeat_interleave.self_int and bound_args(source)[0][2] in (1, -3):
-        return source.args[0]
+        return source.args[0] if grad_mode(source) == mode else node
     if source.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
         return node
     repeated = source.args[0]
@@ -334,6 +371,7 @@ def _unrepeated(node: fx.Node, analysis: Analysis) -> fx.Node:
         len(before) == 4 and unsqueezed.args[1] in (2, -3)
         and middle[:2] == before[:2] and middle[3:] == before[2:]
         and after[0] == before[0] and after[2:] == before[2:]
+        and all(grad_mode(n) == mode for n in (unsqueezed, repeated, source))
     )  # fmt: skip
     return original if is_repeat else node
 

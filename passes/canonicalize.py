@@ -18,13 +18,12 @@ Broadcasting and losses have one spelling, too:
     mean(x[N, S, V])                          →  mean(mean(x, -1))
 
 so that what runs over the vocabulary can be computed for each distinct token, and what is unpacked is narrow.
-softmax_forms.py has softmaxes in other spellings.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,13 +32,15 @@ from torch import fx
 from .graph import aten, bound_args, call, requires_grad, same_size, schema_of, shape, sizes, val
 from .joined_lookups import join_lookups
 from .rules.losses import ELEMENTWISE_LOSSES
-from .softmax_forms import without_max, without_sink_column
+
+Spell = Callable[[fx.Graph, fx.Node], fx.Node | None]
 
 
-def canonicalize(gm: fx.GraphModule) -> None:
-    """Rewrite `gm` (an ATen graph) in place."""
+def canonicalize(gm: fx.GraphModule, table: Mapping[Any, Spell] | None = None) -> None:
+    """Rewrite `gm` (an ATen graph) in place, by CANONICAL or another table: operation → what spells it, or None."""
+    table = CANONICAL if table is None else table
     for node in list(gm.graph.nodes):
-        spell = CANONICAL.get(node.target)
+        spell = table.get(node.target)
         if spell is None:
             continue
         with gm.graph.inserting_before(node):
@@ -66,7 +67,7 @@ def _cast_like(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return graph.call_function(aten.to.dtype, (node.args[0], val(node).dtype))
 
 
-def _filled(value: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+def _filled(value: Any) -> Spell:
     def spell(graph: fx.Graph, node: fx.Node) -> fx.Node:
         args = bound_args(node)[0]
         fill = args[2] if value is None else value
@@ -76,7 +77,7 @@ def _filled(value: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
     return spell
 
 
-def _zeros_or_ones(value: int) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+def _zeros_or_ones(value: int) -> Spell:
     def spell(graph: fx.Graph, node: fx.Node) -> fx.Node:
         fill = bool(value) if val(node).dtype == torch.bool else value
         options = {"dtype": val(node).dtype, "device": val(node).device}
@@ -144,7 +145,7 @@ def _flat_loss(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     )
 
 
-def _total(mean: bool) -> Callable[[fx.Graph, fx.Node], fx.Node | None]:
+def _total(mean: bool) -> Spell:
     def spell(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         (x,), options = bound_args(node)
         dtype = val(node).dtype
@@ -182,7 +183,7 @@ def _unreduced(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return _in_two_steps(graph, each, args[at] == 1, val(node).dtype)
 
 
-CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
+CANONICAL: dict[Any, Spell] = {
     aten.type_as.default: _cast_like,
     aten.to.other: _cast_like,
     aten.zeros.default: _zeros_or_ones(0),
@@ -193,8 +194,6 @@ CANONICAL: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.new_empty.default: _empty,
     aten.index.Tensor: _lookup,
     aten.cat.default: join_lookups,
-    aten.softmax.int: without_max,
-    aten.slice.Tensor: without_sink_column,
     operator.getitem: _broadcast_item,
     aten.cross_entropy_loss.default: _flat_loss,
     aten.nll_loss_nd.default: _flat_loss,

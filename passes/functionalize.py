@@ -24,6 +24,7 @@ from .graph import (
     aten,
     bound_args,
     call,
+    grad_mode,
     is_fresh_item,
     is_mode_switch,
     is_view,
@@ -84,19 +85,13 @@ class _Write:
         seen_later = [a for a in aliases if any(self._is_later(u) for u in a.users)]
         if not through_views and not seen_later:
             # under no_grad a write leaves the gradient as it was; its twin would cut it
-            same_mode = self._grad_mode(base) == self._grad_mode(self.node)
+            same_mode = grad_mode(base) == grad_mode(self.node)
             return same_mode or not val(base).is_floating_point()
         if self.from_inputs:
             return False
         switches = [n for n in self.graph.nodes if is_mode_switch(n)]
         last = max((self.order[u] for a in (base, *aliases) for u in a.users), default=0)
         return not any(self.order[base] < self.order[s] < last for s in switches)
-
-    def _grad_mode(self, node: fx.Node) -> bool:
-        """Is grad mode on where the node runs?"""
-        switches = self.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
-        earlier = [s for s in switches if self.order[s] < self.order[node]]
-        return bool(earlier[-1].args[0]) if earlier else torch.is_grad_enabled()
 
     def _aliases(self, base: fx.Node) -> list[fx.Node] | None:
         """The views of `base` that exist before the write, parents first; None if one can't be made anew."""

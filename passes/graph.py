@@ -221,6 +221,26 @@ def descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def grad_mode(node: fx.Node) -> bool:
+    """Is grad mode on where the node runs?"""
+    if node.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        while node.op != "root":
+            node = node.prev
+            if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+                return bool(node.args[0])
+    return torch.is_grad_enabled()
+
+
+def is_anything_between(first: fx.Node, last: fx.Node) -> bool:
+    """Is there a switch of modes or a write between two nodes? Nothing may be moved past one."""
+    node = first.next
+    while node is not last:
+        if is_mode_switch(node) or mutated_args(node):
+            return True
+        node = node.next
+    return False
+
+
 def is_mode_switch(node: fx.Node) -> bool:
     """Grad-mode and autocast switches: they have no value and apply to all that follows."""
     return node.op == "call_function" and node.target in MODE_SWITCHES

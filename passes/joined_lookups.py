@@ -24,9 +24,8 @@ from .graph import (
     aten,
     bound_args,
     call,
-    is_mode_switch,
+    is_anything_between,
     is_state,
-    mutated_args,
     requires_grad,
     same_size,
     shape,
@@ -62,7 +61,7 @@ def join_lookups(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if len(shape(node)) != 3 or dim not in (1, -2) or not 2 <= len(values) <= MOST_PARTS:
         return None
     parts = [part for part in map(_part, values) if part is not None]
-    if len(parts) < len(values) or _is_anything_between(parts, node):
+    if len(parts) < len(values) or is_anything_between(min(part.first for part in parts), node):
         return None
     found = _indices(graph, parts, node)
     return None if found is None else _join(graph, parts, found)
@@ -141,13 +140,3 @@ def _arange(graph: fx.Graph, table: fx.Node) -> fx.Node:
     with val(table).fake_mode:
         node.meta["val"] = torch.arange(entries, device=device)
     return node
-
-
-def _is_anything_between(parts: Sequence[_Part], last: fx.Node) -> bool:
-    """Is there a switch of modes or a write between the first lookup and the `cat`? Lookups may not move past one."""
-    node = min(part.first for part in parts).next
-    while node is not last:
-        if is_mode_switch(node) or mutated_args(node):
-            return True
-        node = node.next
-    return False

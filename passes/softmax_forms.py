@@ -5,19 +5,22 @@
 
 Attention sinks (gpt-oss) are written so: a score for each head that takes part in the softmax, and whose weight is cut
 off again. The operator keeps the tensor's sizes, so that weights stay weights over keys.
+
+Where a write or a switch of grad mode or autocast lies in between, nothing is rewritten.
 """
 
 from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.library import Library
 
-from .graph import aten, bound_args, same_size, shape, val
+from .graph import aten, bound_args, is_anything_between, same_size, shape, val
 
 _LIBRARY = Library("pgcompile", "FRAGMENT")
 _LIBRARY.define("softmax_with_sink(Tensor x, Tensor sink, int dim, ScalarType? dtype=None) -> Tensor")
@@ -45,7 +48,7 @@ def without_max(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     scores, top = x.args
     while isinstance(top, fx.Node) and top.target in (aten.detach.default, aten.alias.default):
         top = top.args[0]
-    if not _is_max_of(top, scores, dim):
+    if not _is_max_of(top, scores, dim) or is_anything_between(x, node):
         return None
     return graph.call_function(aten.softmax.int, (scores, dim, *rest))
 
@@ -82,7 +85,7 @@ def without_sink_column(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         return None
     rank = len(shape(weights))
     parts, along = bound_args(joined)[0]
-    if len(parts) != 2 or not at % rank == dim % rank == along % rank:
+    if len(parts) != 2 or not at % rank == dim % rank == along % rank or is_anything_between(joined, node):
         return None
     x, sink = parts
     end = val(end) if isinstance(end, fx.Node) else end
@@ -91,3 +94,9 @@ def without_sink_column(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     while sink.target is aten.expand.default and len(shape(sink.args[0])) == rank:
         sink = sink.args[0]  # the operator broadcasts
     return graph.call_function(softmax_with_sink, (x, sink, dim % rank, dtype))
+
+
+SOFTMAXES: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
+    aten.softmax.int: without_max,
+    aten.slice.Tensor: without_sink_column,
+}

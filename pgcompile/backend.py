@@ -23,7 +23,7 @@ from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .calibration import read_speed
 from .chunks import number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
-from .cost import Cost, count_work, saved_work, why_not_worth_it
+from .cost import Cost, Speed, count_work, saved_work, why_not_worth_it
 from .engines import Scores
 from .engines.choose import choose_for_heads
 from .errors import backward_failures, belongs_to_caller
@@ -98,7 +98,7 @@ def pgcompile(
         return run if report.has_nothing_to_pack else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
-    return PackedCall(compilation, chosen, collector, report.index, survey)
+    return PackedCall(compilation, chosen, collector, report.index, survey, _speed(compilation, report))
 
 
 def _raise(error: Exception, cause: BaseException | None, *args: Any) -> Any:
@@ -129,6 +129,15 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
     return report
 
 
+def _speed(compilation: Compilation, report: GraphReport) -> Speed | None:
+    """What the device was calibrated to, if that was with the engine that will run."""
+    engines = {attention.engine for attention in report.attention}
+    if len(engines) != 1:
+        return None
+    out = compilation.matches[0].node.meta["val"]
+    return read_speed(out.device, out.dtype, *engines)
+
+
 class PackedCall:
     """A graph that can be packed: plans each batch and runs it packed, or dense with a reason."""
 
@@ -139,6 +148,7 @@ class PackedCall:
         collector: Collector | None,
         index: int,
         survey: bool,
+        speed: Speed | None,
     ) -> None:
         assert (
             compilation.graphs is not None
@@ -149,8 +159,7 @@ class PackedCall:
         self.aten = compilation.aten
         self.options, self.collector, self.index = options, collector, index
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
-        outs = [match.node.meta["val"] for match in self.graphs.matches]
-        self.speed = read_speed(outs[0].device, outs[0].dtype) if outs else None
+        self.speed = speed
         self.dense = DenseGraph(compilation.dynamo, options)
         self.families: dict[Any, Family] = {}
         self.trees = PackedTrees()

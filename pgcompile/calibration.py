@@ -22,13 +22,18 @@ from .files import write_atomically
 from .report import log
 
 
-def calibration_file(device: torch.device, dtype: torch.dtype) -> Path:
-    """Where the calibration of a device in a dtype is, or would be; a CPU with other threads is another device."""
+def calibration_file(device: torch.device, dtype: torch.dtype, engine: str) -> Path:
+    """Where the calibration of a device in a dtype, with an engine, is or would be; other threads of a CPU are another
+    device.
+
+    Raises:
+        RuntimeError: if there is no home directory, and no environment variable that names a folder.
+    """
     folder = os.environ.get("PGCOMPILE_CACHE_DIR")
     if not folder:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(caches) / "pgcompile")
-    words = f"{device_name(device)} {str(dtype).removeprefix('torch.')}"
+    words = f"{device_name(device)} {str(dtype).removeprefix('torch.')} {engine}"
     return Path(folder) / f"{re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')}.json"
 
 
@@ -53,21 +58,25 @@ def write_speed(file: Path, speed: Speed, about: dict[str, Any]) -> None:
     write_atomically(file, json.dumps({**about, "seconds": asdict(speed)}, indent=1) + "\n")
 
 
-def read_speed(device: torch.device, dtype: torch.dtype) -> Speed | None:
+def read_speed(device: torch.device, dtype: torch.dtype, engine: str) -> Speed | None:
     """The device's calibration, or None; a file that isn't one is left alone, with a warning."""
     if device.type not in ("cpu", "cuda"):
         return None
-    file = calibration_file(device, dtype)
     try:
-        text = file.read_text()
-    except OSError:
+        file = calibration_file(device, dtype, engine)
+        content = file.read_bytes()
+    except (OSError, RuntimeError):
         return None
     try:
-        found = json.loads(text)["seconds"]
+        found = json.loads(content)["seconds"]
         speed = Speed(**{field.name: float(found[field.name]) for field in fields(Speed)})
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         speed = None
-    if speed is None or not all(math.isfinite(x) and x >= 0 for x in asdict(speed).values()):
+    if (
+        speed is None
+        or speed.linear <= 0
+        or not all(math.isfinite(x) and x >= 0 for x in asdict(speed).values())
+    ):
         log.warning("pgcompile: %s is no calibration; `pgcompile bench --calibrate` writes a new one", file)
         return None
     return speed

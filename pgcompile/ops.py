@@ -100,14 +100,14 @@ def _tree_mask(
 
 
 def _with_sinks(out_1HTE: Tensor, lse_1HT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
-    """Merged with one more key, of score `sinks_H` and value 0, as engines merge parts of a tree.
+    """Merged with one more key, of score `sinks_H` and value 0, as engines merge parts of a tree; overwrites out.
 
     So engines needn't know: their backward takes probabilities from lse and delta from out.
     """
     sinks_H1 = sinks_H.to(lse_1HT.dtype)[:, None]
     total_1HT = torch.logaddexp(lse_1HT, sinks_H1)
     share_1HT = (lse_1HT - finite(total_1HT)).exp()
-    return out_1HTE.mul_(share_1HT[..., None].to(out_1HTE.dtype)), total_1HT
+    return out_1HTE.mul_(share_1HT[..., None]), total_1HT
 
 
 def _sinks_gradient(grad_out_1HTE: Tensor, out_1HTE: Tensor, lse_1HT: Tensor, sinks_H: Tensor) -> Tensor:

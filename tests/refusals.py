@@ -1471,6 +1471,118 @@ def sinks_that_differ_by_position(m, q, k, v, ids, mask):
     return torch.cat([scores, sinks.flip(2)], -1).softmax(-1)[..., :-1] @ v
 
 
+# Writes and switches of grad mode between what makes up one softmax.
+SINKS = dict(module=lambda: nn.Linear(1, HEADS, bias=False))
+WRITTEN = either(*BOTH, *NOT_CAUSAL, "mutation", "unknown_op")
+
+
+def _sinks(m):
+    return m.extra.weight[None, :, :, None]
+
+
+@attention(WRITTEN, padding="right", **SINKS)
+def padding_masked_behind_the_sinks(m, q, k, v, ids, mask):
+    joined = _with_sinks(q, k, _sinks(m))
+    joined[..., :-1].masked_fill_(~mask[:, None, None].bool(), float("-inf"))
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+@attention(WRITTEN, **SINKS)
+def scores_written_behind_the_sinks(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    joined = torch.cat([scores, _sinks(m).expand(q.shape[0], -1, q.shape[-2], 1)], -1)
+    scores.mul_(2)
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+@attention(WRITTEN, **SINKS)
+def sinks_written(m, q, k, v, ids, mask):
+    joined = _with_sinks(q, k, _sinks(m))
+    joined[..., -1] = joined[..., -1] * 2
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+@attention(WRITTEN, **SINKS)
+def weights_written_before_the_sink_is_cut_off(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        weights = _with_sinks(q, k, _sinks(m)).softmax(-1)
+        weights[..., 0] = 0.5
+        return weights[..., :-1] @ v
+
+
+@attention(WRITTEN)
+def scores_written_after_the_maximum(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    less = scores - scores.max(-1, keepdim=True).values
+    scores.mul_(2)
+    less[..., 0] = less[..., 0] + 3
+    return less.softmax(-1) @ v
+
+
+@attention(WRITTEN)
+def maximum_without_gradient(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    with torch.no_grad():
+        less = scores - scores.amax(-1, keepdim=True)
+    return less.softmax(-1) @ v
+
+
+@attention(WRITTEN, **SINKS)
+def sinks_joined_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        joined = _with_sinks(q, k, _sinks(m))
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+@attention(WRITTEN, **SINKS)
+def weights_with_sinks_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        weights = _with_sinks(q, k, _sinks(m)).softmax(-1)
+    return weights[..., :-1] @ v
+
+
+@attention(WRITTEN)
+def scores_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+@attention(WRITTEN)
+def weights_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        weights = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+    return weights @ v
+
+
+@attention(WRITTEN)
+def scores_capped_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        scores = 5 * torch.tanh(scores_of(q, k) / 5)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def mask_made_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        hidden = ~causal_mask(q.shape[-2])
+    return scores_of(q, k).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+
+@attention(WRITTEN)
+def keys_repeated_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        k = k[:, :2].repeat_interleave(HEADS // 2, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@attention(WRITTEN)
+def values_expanded_without_gradient(m, q, k, v, ids, mask):
+    with torch.no_grad():
+        v = v[:, :2, None].expand(-1, -1, HEADS // 2, -1, -1).reshape(v.shape)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 @attention(either(*BOTH, *NOT_CAUSAL))
 def queries_and_keys_swapped(m, q, k, v, ids, mask):
     return scores_of(k, q).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v

@@ -11,6 +11,7 @@ from ..layout import KEY, Dim, is_token_factor, plain
 from ..reasons import Unsupported
 from ..softmax_forms import softmax_with_sink
 from .common import (
+    PROLOGUE,
     WEIGHT,
     Op,
     Operand,
@@ -77,7 +78,7 @@ def along_rule(op: Op, x: Operand, dim: int = -1, *_: Any, **__: Any) -> Outcome
 def sink_rule(op: Op, x: Operand, sink: Operand, dim: int, *_: Any) -> Outcome | Unsupported:
     """`softmax_with_sink`: over keys it is attention; over plain dims, the sink broadcasts."""
     dim %= x.tokens.rank
-    if x.tokens.dims[dim] == (KEY,) and sink.kind == WEIGHT:
+    if x.tokens.dims[dim] == (KEY,) and sink.kind in (WEIGHT, PROLOGUE):  # which ones, the match says
         return Outcome(x.tokens)
     if x.tokens.is_token_dim(dim):
         return mixing(x.tokens, [dim], f"`{op.name}`")

@@ -21,6 +21,7 @@ from ..backend import pgcompile
 from ..cost import Speed, Work, why_not_worth_it
 from ..optimize import with_own_code
 from ..report import BatchReport, GraphReport
+from ..stats import stats
 from .cases import Case, build
 from .contestants import Setup
 from .measure import Runner, timed
@@ -75,7 +76,7 @@ def random_cases(scale: int, seed: int) -> Iterator[Case]:
 
 
 def sample(
-    cases: Iterable[Case], count: int, model: Model, phase: str, repeats: int, tell: Callable[[int], None]
+    cases: Iterable[Case], count: int, model: Model, repeats: int, tell: Callable[[int], None]
 ) -> list[Sample]:
     """Measure `count` batches, dense and packed in turns; those that share nothing are skipped.
 
@@ -83,7 +84,7 @@ def sample(
         tell: gets the number of batches that are done.
 
     Raises:
-        ValueError: if the model isn't packed.
+        ValueError: if the model, or most of these batches, aren't packed.
     """
     device = next(model.module.parameters()).device
     reports: list[BatchReport | GraphReport] = []
@@ -92,31 +93,36 @@ def sample(
     dense = torch.compile(with_own_code(token_logprobs), dynamic=True, backend=BASELINE)
     packed = torch.compile(with_own_code(token_logprobs), dynamic=True, backend=backend)
     samples: list[Sample] = []
+    why = ""
     for number, case in enumerate(itertools.islice(cases, 4 * count)):
         if len(samples) == count:
             break
         batch = build(case, model.vocab_size, seed=number).to(device)
         mask = {"attention_mask": batch.mask.long()} if model.has_mask else {}
-        inputs = model, batch.ids, batch.answer_positions
-        runners = [
-            Runner(Row(name), Setup(model, batch, True, phase, {}), run)
+        seconds: dict[str, list[float]] = {"dense": [], "packed": []}
+        for repeat in range(repeats + 1):
+            # other tokens with the same prefixes: each time a tree that nobody knows
+            ids = ((batch.ids + repeat) % (model.vocab_size - 1) + 1) * batch.mask
+            inputs = model, ids, batch.answer_positions
             for name, run in (
                 ("dense", functools.partial(dense, *inputs)),
                 ("packed", functools.partial(packed, *inputs, **mask)),
-            )
-        ]
-        seconds: list[list[float]] = [[], []]
-        for repeat in range(repeats + 1):
-            for runner, found in zip(runners, seconds, strict=True):
-                elapsed, _ = timed(runner, model, phase)
+            ):
+                planning = stats().plan_seconds
+                runner = Runner(Row(name), Setup(model, batch, True, "step", {}), run)
+                elapsed, _ = timed(runner, model, "step")
                 if repeat:  # the first call compiles, or meets cold caches
-                    found.append(elapsed)
+                    # a plan is made before anything is decided, and either way
+                    seconds[name].append(elapsed - (stats().plan_seconds - planning))
         report = reports[-1]
         if isinstance(report, GraphReport):
             raise ValueError(f"the model isn't packed: {'; '.join(map(str, report.fallbacks))}")
+        why = report.why
         if report.decision == "packed":
-            samples.append(Sample(*report.work, *map(statistics.median, seconds)))
+            samples.append(Sample(*report.work, *map(statistics.median, seconds.values())))
         tell(len(samples))
+    if len(samples) < count:
+        raise ValueError(f"only {len(samples)} of {4 * count} batches were packed {why}")
     return samples
 
 

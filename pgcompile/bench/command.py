@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..calibration import calibration_file, write_speed
 from ..cli.run import parse_options
+from ..engines.choose import choose
 from ..files import write_atomically
 from . import calibrate
 from .cases import GRIDS, Case, group_case, tree_case
@@ -143,11 +144,13 @@ def bench(**given: Any) -> None:
     console = Console(highlight=False)
     code = 0
     if given["calibrate"]:
-        known = ("calibrate", "test_batches", "device", "dtype", "model", "layers", "phase", "repeats")
+        known = ("calibrate", "test_batches", "device", "dtype", "model", "layers", "repeats")
         other = [p.opts[0] for p in _typed() if p.name not in known]
         if other:
             raise click.UsageError(f"--calibrate has batches of its own; leave out {other[0]}")
         return _calibrate(_plan(given), given, console)
+    if any(p.name == "test_batches" for p in _typed()):
+        raise click.UsageError("--test-batches belongs to --calibrate")
     if files:
         records = [record for file in files for record in read(file)]
     else:
@@ -223,12 +226,13 @@ def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:
     device, dtype = torch.device(given["device"]), DTYPES[given["dtype"]]
     count = calibrate.FITTED + given["test_batches"]
     scale = calibrate.scale_of(device)
-    given["layers"] = given["layers"] or calibrate.LAYERS
+    if given["model"] in SIZES:
+        given["layers"] = given["layers"] or calibrate.LAYERS
     with _model_of(calibrate.MOST_TOKENS * scale, given) as model, _progress(console) as progress:
         task = progress.add_task("", total=count, number="")
         try:
             samples = calibrate.sample(
-                calibrate.random_cases(scale, seed=0), count, model, given["phase"], given["repeats"],
+                calibrate.random_cases(scale, seed=0), count, model, given["repeats"],
                 lambda done: progress.update(task, completed=done, number=f"{done}/{count} batches"),
             )  # fmt: skip
             speed = calibrate.fit(samples[: calibrate.FITTED])
@@ -236,13 +240,15 @@ def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:
             raise click.ClickException(str(error)) from None
     tested = samples[calibrate.FITTED :]
     right, rule = (calibrate.share_right(tested, s) for s in (speed, None))
-    file = calibration_file(device, dtype)
+    text = f"tried on {len(tested)} more, it names the faster side of {right:.1%}; counted work alone, of {rule:.1%}"
+    if right < rule:
+        raise click.ClickException(f"not kept: {text}")
+    file = calibration_file(device, dtype, choose("auto", device, dtype)[0])
     about = {
         "command": _command_line(), "date": _now(), "machine": plan.machine, "batches": calibrate.FITTED,
         "tested": len(tested), "faster side named": right,
     }  # fmt: skip
     write_speed(file, speed, about)
-    text = f"tried on {len(tested)} more, it names the faster side of {right:.1%}; counted work alone, of {rule:.1%}"
     console.print(f"{text}\nkept in {file}; remove the file to go back", soft_wrap=True)
 
 

@@ -97,10 +97,11 @@ def describe_engines(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _describe_calibration(device: torch.device, dtype: torch.dtype) -> str:
-    """Is there one?"""
-    if read_speed(device, dtype) is None:
+    """Whether the cost model knows the device, and from which file."""
+    engine, _ = choose("auto", device, dtype)
+    if read_speed(device, dtype, engine) is None:
         return "not calibrated: a batch is packed if that saves a tenth of the work (`pgcompile bench --calibrate`)"
-    return f"calibrated: {calibration_file(device, dtype)}"
+    return f"calibrated: {calibration_file(device, dtype, engine)}"
 
 
 def _devices() -> list[torch.device]:

@@ -60,7 +60,7 @@ def attention(
             q_KRD = fold_group(q_1HTD[0, :, block], k_KSD) * scores.scale
             visible_BS = visible_mask(block, keys, mask)
 
-            scores_KRS, _ = masked_scores(q_KRD, k_KSD, visible_BS, scores.softcap)
+            scores_KRS = hide(capped_scores(q_KRD, k_KSD, scores.softcap), visible_BS)
             top_KR1 = finite(scores_KRS.amax(-1, keepdim=True))
             p_KRS = exp_(scores_KRS.sub_(top_KR1))
             total_KR1 = p_KRS.sum(-1, keepdim=True)
@@ -104,8 +104,10 @@ def attention_backward(
             delta_KR1 = (dout_KRE * out_KRE).sum(-1, keepdim=True)
             visible_BS = visible_mask(block, keys, mask)
 
-            scores_KRS, slope_KRS = masked_scores(q_KRD, k_KSD, visible_BS, scores.softcap)
-            p_KRS = exp_(scores_KRS.sub_(lse_KR1))
+            scores_KRS, slope_KRS = capped_scores(q_KRD, k_KSD, scores.softcap), None
+            if scores.softcap is not None:
+                slope_KRS = 1 - (scores_KRS / scores.softcap).square_()
+            p_KRS = exp_(hide(scores_KRS, visible_BS).sub_(lse_KR1))
             dscore_KRS = torch.bmm(dout_KRE, v_KSE.mT).sub_(delta_KR1).mul_(p_KRS)
             if slope_KRS is not None:
                 dscore_KRS.mul_(slope_KRS)
@@ -138,21 +140,17 @@ def visible_mask(queries: slice, keys: slice, mask: TreeMask) -> Tensor:
     return visible_BS
 
 
-def masked_scores(
-    q_KRD: Tensor, k_KSD: Tensor, visible_BS: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Scores `[K, R, S]` of scaled queries, -inf where the key is hidden; one mask serves all heads.
+def capped_scores(q_KRD: Tensor, k_KSD: Tensor, softcap: float | None) -> Tensor:
+    """Scores `[K, R, S]` of scaled queries."""
+    scores_KRS = torch.bmm(q_KRD, k_KSD.mT)
+    return scores_KRS if softcap is None else scores_KRS.div_(softcap).tanh_().mul_(softcap)
 
-    And the derivative of the cap, if there is one: 1 - tanh².
-    """
-    scores_KRS, slope_KRS = torch.bmm(q_KRD, k_KSD.mT), None
-    if softcap is not None:
-        tanh_KRS = scores_KRS.div_(softcap).tanh_()
-        slope_KRS = 1 - tanh_KRS.square()
-        scores_KRS = tanh_KRS.mul_(softcap)
+
+def hide(scores_KRS: Tensor, visible_BS: Tensor) -> Tensor:
+    """-inf in place where the key is hidden; one mask serves all heads."""
     # Adding a float mask is vectorised on CPU, masked_fill_ with a broadcast mask is not (8 times slower).
     scores_KRS.view(-1, *visible_BS.shape).add_(torch.where(visible_BS, 0.0, -torch.inf))
-    return scores_KRS, slope_KRS
+    return scores_KRS
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -82,10 +82,16 @@ def hide(
 
 @triton.jit
 def cap(scores, softcap):
-    """softcap * tanh(scores / softcap), which lies between -softcap and softcap: exp2 must not overflow."""
-    small = tl.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
+    """softcap * tanh(scores / softcap), by exponentials that don't overflow.
+
+    1 - exp(-2x) cancels for small x: below 1/5 four terms of the series are exact to float32.
+    """
+    x = scores / softcap
+    small = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     size = softcap * (1.0 - small) / (1.0 + small)
-    return tl.where(scores < 0.0, -size, size)
+    square = x * x
+    series = scores * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.2, series, tl.where(x < 0.0, -size, size))
 
 
 @triton.jit
