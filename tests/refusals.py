@@ -1571,15 +1571,17 @@ def mask_made_without_gradient(m, q, k, v, ids, mask):
 
 @attention(WRITTEN)
 def keys_repeated_without_gradient(m, q, k, v, ids, mask):
+    few = k[:, :2]
     with torch.no_grad():
-        k = k[:, :2].repeat_interleave(HEADS // 2, 1)
+        k = few.repeat_interleave(HEADS // 2, 1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 @attention(WRITTEN)
 def values_expanded_without_gradient(m, q, k, v, ids, mask):
+    few = v[:, :2]
     with torch.no_grad():
-        v = v[:, :2, None].expand(-1, -1, HEADS // 2, -1, -1).reshape(v.shape)
+        v = few.unsqueeze(2).expand(-1, -1, HEADS // 2, -1, -1).reshape(v.shape)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
