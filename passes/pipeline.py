@@ -92,8 +92,8 @@ def run_passes(
 
 
 OPTIONAL = (
-    "canonicalize_pass", "functionalize_pass", "reroll_pass", "padding_pass", "verify_pass", "head_pass",
-    "checkpoint_pass",
+    "canonicalize_pass", "functionalize_pass", "softmax_pass", "reroll_pass", "padding_pass", "verify_pass",
+    "head_pass", "checkpoint_pass",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from pgcompile.passes.canonicalize import canonicalize
 from pgcompile.passes.graph import to_aten
+from pgcompile.passes.softmax_forms import SOFTMAXES
 
 # name: function of x [3, 4, 5] and labels [3, 4]; operations that are gone; operations that are there
 SPELLINGS = {
@@ -87,6 +88,7 @@ def canonical(function, dynamic, dtype=torch.float64):
     def backend(gm, _):
         traced = to_aten(gm)
         canonicalize(traced)
+        canonicalize(traced, SOFTMAXES)
         traced.graph.lint()
         names.extend(
             n.target._schema.name.split("::")[1] for n in traced.graph.nodes if hasattr(n.target, "_schema")
