@@ -26,13 +26,13 @@ class Work(NamedTuple):
     Args:
         linear, attention: multiply-adds.
         segments: of the tree, once for each attention.
-        planned: tokens of the dense batch that were planned, and are unpacked.
+        unpacked: tokens of the dense batch, which results are copied to.
     """
 
     linear: int
     attention: int
     segments: int = 0
-    planned: int = 0
+    unpacked: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Speed:
         linear: of a multiply-add of linear layers.
         dense_attention, packed_attention: of a multiply-add of attention.
         segment: of a segment of the tree in one attention.
-        planned: of a token of the dense batch, for planning and unpacking.
+        unpacked: of a token of the dense batch. (Planning isn't counted: it is done before anything is decided.)
         call: of a packed call, whatever its batch.
     """
 
@@ -79,7 +79,7 @@ class Speed:
     dense_attention: float
     packed_attention: float
     segment: float
-    planned: float
+    unpacked: float
     call: float
 
     def dense(self, work: Work) -> float:
@@ -90,7 +90,7 @@ class Speed:
             self.linear * work.linear
             + self.packed_attention * work.attention
             + self.segment * work.segments
-            + self.planned * work.planned
+            + self.unpacked * work.unpacked
             + self.call
         )
 

@@ -24,7 +24,7 @@ from zoo import ZOO
 
 CPU = torch.device("cpu")
 SPEED = Speed(
-    linear=2e-11, dense_attention=5e-11, packed_attention=7e-11, segment=3e-5, planned=4e-8, call=2e-4
+    linear=2e-11, dense_attention=5e-11, packed_attention=7e-11, segment=3e-5, unpacked=4e-8, call=2e-4
 )
 FREE = Speed(1e-30, 1e-9, 0.0, 0.0, 0.0, 0.0)  # a packed call takes next to no time
 SLOW = Speed(1e-30, 0.0, 0.0, 0.0, 0.0, 60.0)  # a packed call takes a minute
@@ -41,16 +41,16 @@ def made_up_samples(speed, count=30, both=1e-3):
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(count):
-        linear, attention, kept, segments, planned = torch.rand(5, generator=generator).tolist()
+        linear, attention, kept, segments, unpacked = torch.rand(5, generator=generator).tolist()
         dense = Work(int(1e9 * linear), int(1e8 * attention))
         packed = Work(
-            int(dense.linear * kept), int(dense.attention * kept**2), int(100 * segments), int(4e3 * planned)
+            int(dense.linear * kept), int(dense.attention * kept**2), int(100 * segments), int(4e3 * unpacked)
         )
         found.append(calibrate.Sample(dense, packed, speed.dense(dense) + both, speed.packed(packed) + both))
     return found
 
 
-@pytest.mark.parametrize("without", ["nothing", "segment", "planned"])
+@pytest.mark.parametrize("without", ["nothing", "segment", "unpacked"])
 def test_fit_finds_the_speed(without):
     speed = Speed(**{**asdict(SPEED), **({without: 0.0} if without != "nothing" else {})})
     found = asdict(calibrate.fit(made_up_samples(speed)))

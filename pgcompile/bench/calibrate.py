@@ -135,7 +135,7 @@ def fit(samples: Sequence[Sample]) -> Speed:
     # what both sides do whatever the batch is a term of its own, which doesn't matter for who is faster
     rows = [[s.dense_work.linear, s.dense_work.attention, 0, 0, 0, 0, 1] for s in samples]
     rows += [
-        [w.linear, 0, w.attention, w.segments, w.planned, 1, 1] for w in (s.packed_work for s in samples)
+        [w.linear, 0, w.attention, w.segments, w.unpacked, 1, 1] for w in (s.packed_work for s in samples)
     ]
     terms = np.array(rows, dtype=np.float64)
     seconds = np.array([s.dense for s in samples] + [s.packed for s in samples])
