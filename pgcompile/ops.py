@@ -61,7 +61,7 @@ def _prefix_attention(
     `same_value` hide anything in this batch; where not, they aren't looked at.
 
     Scores are `scale * q·k`, with a softcap `softcap * tanh(score / softcap)`. Each query head may have a sink, a score
-    that competes in the softmax and has no value (StreamingLLM, arXiv 2309.17453; gpt-oss); lse counts it.
+    that competes in the softmax and has no value (StreamingLLM, arXiv 2309.17453); lse counts it.
 
     A query that sees no key has out = 0, lse = -inf (or its sink) and zero gradients. lse is not differentiable. Raises
     ValueError for an unknown engine and for tensors that don't fit together.

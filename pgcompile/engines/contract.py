@@ -37,7 +37,7 @@ class Scores(NamedTuple):
 
     Args:
         scale: the product is multiplied by it.
-        softcap: then `softcap * tanh(score / softcap)`, as in Gemma 2 (arXiv 2408.00118), or None.
+        softcap: then `softcap * tanh(score / softcap)`, as in arXiv 2408.00118, or None.
     """
 
     scale: float
