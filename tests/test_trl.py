@@ -160,6 +160,9 @@ def train_named(name, tokenizer, tmp_path, options=None, dtype=torch.float64, pe
         arguments["ref_model"].to(dtype)
         if options is not None:
             arguments["ref_model"].compile(backend="pgcompile", options={"inner": "eager"})
+    if dtype == torch.float32:
+        # Adam makes whole steps of gradients that are rounding alone (those of key biases): nothing else would be seen.
+        config["adam_epsilon"] = 1e-5
     model = build(tokenizer, kind).to(dtype)
     if permuted is not None:
         trainer_class = with_rows_permuted(trainer_class, name in ("DPO", "Reward"), permuted)
