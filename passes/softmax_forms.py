@@ -1,10 +1,10 @@
 """Softmaxes in another spelling → `softmax`, and `softmax_with_sink` for one with a score that has no value.
 
-    softmax(x - x.max(dim, keepdim=True))     →  softmax(x)
+    softmax(x - x.max(dim, keepdim=True))         →  softmax(x)
     softmax(cat([x, sink], dim), dim)[..., :-1]   →  softmax_with_sink(x, sink, dim)
 
-Attention sinks are written so: a score for each head that takes part in the softmax, and whose weight is cut
-off again. The operator keeps the tensor's sizes, so that weights stay weights over keys.
+Attention sinks are written so: a score for each head that takes part in the softmax, and whose weight is cut off
+again. The operator keeps the tensor's sizes, so that weights stay weights over keys.
 
 Where a write or a switch of grad mode or autocast lies in between, nothing is rewritten.
 """

@@ -181,7 +181,7 @@ class PackedCall:
             call, inputs = self._prepare(args, results, plan, report)
         except DenseCall as reason:
             return self._run_dense(args, report, reason.kind, reason.explanation)
-        except Exception as error:
+        except Exception as error:  # nothing ran yet: the original does, and says why
             if belongs_to_caller(error):
                 raise
             return self._run_dense(args, report, "internal_error", f"{type(error).__name__}: {error}", error)
@@ -190,7 +190,7 @@ class PackedCall:
             if report.head_chunks:
                 packed = self._run_head(packed, inputs, args, results, plan, report)
             outputs = self._late(args, results, packed, plan)
-        except Exception as error:
+        except Exception as error:  # the same: nothing has been written to
             if belongs_to_caller(error):
                 raise
             modes.restore()  # the graph may have stopped between two switches

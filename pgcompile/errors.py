@@ -45,7 +45,7 @@ def raises_engine_error(backward: F) -> F:
         global _failures
         try:
             return backward(*args)
-        except Exception as error:
+        except Exception as error:  # raised again, under one name
             if belongs_to_caller(error):
                 raise
             _failures = next(_failure_numbers)  # atomic, unlike +=

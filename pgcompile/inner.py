@@ -250,7 +250,7 @@ class DenseGraph:
         try:
             with compile_lock:
                 call = self._compile(args, current)
-        except Exception as error:
+        except Exception as error:  # of somebody else's compiler; the graph runs without it
             log.warning("the inner compiler failed on the original graph, which runs eagerly: %s", error)
             call = self.eager
             self.compiled.append((ShapeEnv(), None, current, call))

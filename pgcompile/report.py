@@ -54,8 +54,8 @@ class BatchReport:
 
     `graph` numbers the graph; `kept_padding` counts padding that something reads and that therefore isn't dropped;
     `work` is what was counted for the batch as it is and packed; `saving` is the share of multiply-adds that packing
-    saves; `head_chunks` is in how many parts the head ran, to
-    save memory, and is computed again in backward (0: whole); `decision` is "packed" or "dense", `why` says why.
+    saves; `head_chunks` is in how many parts the head ran, to save memory, and is computed again in backward (0:
+    whole); `decision` is "packed" or "dense", `why` says why.
     """
 
     graph: int = 0

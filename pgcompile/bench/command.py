@@ -114,7 +114,7 @@ class _Plan:
 @click.option(
     "--calibrate", is_flag=True,
     help="Instead of cases, time random batches, dense and packed, and keep what their seconds say about this device: "
-    "from then on pgcompile packs a batch if that is faster. About two minutes.",
+    "from then on pgcompile packs a batch if that is faster. Some minutes.",
 )  # fmt: skip
 @click.option(
     "--test-batches", type=_POSITIVE, default=20, show_default=True,

@@ -83,7 +83,7 @@ def self_test(inner: str, device: torch.device | None = None) -> str | None:
         torch.compile(model, backend=pgcompile.pgcompile, options=vars(options))(
             ids
         ).square().mean().backward()
-    except Exception as error:
+    except Exception as error:  # what went wrong is the answer
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None if pgcompile.stats().packed > before.packed else "the batch wasn't packed"
 

@@ -83,7 +83,7 @@ def measure(model_type: str) -> Row:
         tiny = build(model_type)
         batch = bench_batch(tiny.vocab_size)
         _measure(row, tiny, batch)
-    except Exception as error:
+    except Exception as error:  # of a model's own code: its row says so
         row.status, row.reasons = "error", [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
     row.seconds = round(time.perf_counter() - started, 2)
     return row
