@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .attention_match import AttentionMatch
-from .graph import is_mode_switch
+from .graph import is_mode_switch, val
 from .layout import KEY, POSITION, ROW, Dim
 from .lower_late import LateSide
 from .lower_packed import PackedSide
@@ -72,6 +72,8 @@ class Lowering:
         for match in self.matches.values():
             for column in (*match.formula.key_valid, *match.formula.same_value):
                 self._column_node(column, like)
+            for bias in match.biases:
+                self._key(bias.node, bias.dims)
             if match.formula.data is not None:
                 self.data_masks.setdefault(match.formula.data, len(self.data_masks))
         refusal = self._check_scores() or self._check_tables()
@@ -193,6 +195,11 @@ class Lowering:
             (self.result(node), formulas[node].data_additive, formulas[node].data_negated)
             for node in self.data_masks
         ]
+        biases = [
+            (self.column_result(bias.node), bias.dims, bias.limit(val(m.node).dtype))
+            for m in self.matches.values()
+            for bias in m.biases
+        ]
         prologue = prologue_module(
             self.gm, self.prologue_results, self.analysis
         )  # when all results are known
@@ -205,6 +212,7 @@ class Lowering:
             mask_columns=list(self.mask_columns),
             mask_of=[self.mask_columns_of(m) for m in self.matches.values()],
             data_masks=data_masks,
+            biases=list(dict.fromkeys(biases)),
             prologue=prologue,
             packed=module_of(self.gm, self.packed.graph),
             late=module_of(self.gm, self.late.graph),

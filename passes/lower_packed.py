@@ -18,7 +18,11 @@ from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
 from .packed_graphs import Input
 from .rules import PROLOGUE, STREAM
 
+# Kernels want head sizes that are multiples of it.
+_ALIGNMENT = 8
+
 if TYPE_CHECKING:
+    from .attention_match import AttentionMatch
     from .lower import Lowering
 
 
@@ -181,11 +185,16 @@ class PackedSide:
                 self._input(Input("data_mask", self.whole.data_masks[match.formula.data]), "key_valid")
             )
         dtype = val(node).dtype  # autocast converts the arguments of attention, but not of our operator
+        q, k, v = (
+            self._heads(original, x, dtype)
+            for original, x in ((match.q, self.value(match.q)), (match.k, k), (match.v, self.value(match.v)))
+        )
+        if match.biases:
+            q, k, v = self._with_biases(match, q, k, v)
         call = self.graph.call_function(
             torch.ops.pgcompile.prefix_attention.default,
             (
-                self._heads(match.q, self.value(match.q), dtype), self._heads(match.k, k, dtype),
-                self._heads(match.v, self.value(match.v), dtype),
+                q, k, v,
                 None if match.sink is None else self._flat(self.value(match.sink)),
                 self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
                 self._input(Input("segments"), "segments"),
@@ -197,6 +206,47 @@ class PackedSide:
         out = self.graph.call_function(operator.getitem, (call, 0))
         out.meta["layouts"] = None
         return self.graph.call_function(aten.reshape.default, (out, outcome.layout.packed_shape()))
+
+    def _with_biases(self, match: AttentionMatch, *qkv: fx.Node) -> list[fx.Node]:
+        """q, k, v with eight or more further entries of queries and keys: any engine adds the biases.
+
+        `scale * q·k + bias = scale * [q, one]·[k, bias / (scale * one)]`, and each query head has its key head.
+        """
+        call = self.graph.call_function
+        dtype = val(match.node).dtype
+        one = float(torch.tensor(1 / match.scale, dtype=dtype))
+        entries: list[fx.Node] = []
+        for bias in match.biases:
+            column = call(
+                aten.expand.default, (self.packed_column(bias.node, bias.dims), [*bias.heads, 1, -1])
+            )
+            column = call(aten.reshape.default, (column, [1, math.prod(bias.heads), -1, 1]))
+            wide = torch.promote_types(val(bias.node).dtype, dtype)
+            entries += self._summands(column, wide, bias.factor / (match.scale * one), dtype)
+        q, k, v = qkv
+        if match.heads_per_key > 1:
+            k, v = (call(aten.repeat_interleave.self_int, (x, match.heads_per_key, 1)) for x in (k, v))
+        rest = -len(entries) % _ALIGNMENT
+        q = call(aten.constant_pad_nd.default, (q, [0, len(entries) + rest], one))
+        k = call(aten.constant_pad_nd.default, (call(aten.cat.default, ([k, *entries], -1)), [0, rest], 0.0))
+        return [q, k, v]
+
+    def _summands(self, x: fx.Node, wide: torch.dtype, factor: float, dtype: torch.dtype) -> list[fx.Node]:
+        """`x * factor` as a sum of numbers of `dtype`: of three in half precision, which would round one.
+
+        Bits are cut off, since a compiler may leave out casts to and fro.
+        """
+        call = self.graph.call_function
+        cut = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # of a float32's 23
+        wide = torch.float32 if cut else wide
+        rest = call(aten.mul.Tensor, (call(aten.to.dtype, (x, wide)), factor))
+        parts = []
+        for _ in range(2 if cut else 0):
+            bits = call(aten.bitwise_and.Scalar, (call(aten.view.dtype, (rest, torch.int32)), -(1 << cut)))
+            part = call(aten.view.dtype, (bits, wide))
+            parts.append(part)
+            rest = call(aten.sub.Tensor, (rest, part))
+        return [call(aten.to.dtype, (part, dtype)) for part in (*parts, rest)]
 
     def _flat(self, column: fx.Node) -> fx.Node:
         """[1, T] → [T], [1, H, 1, 1] → [H]."""

@@ -183,9 +183,9 @@ def read_additive(
         return read
     if not read.dtype.is_floating_point:
         return _unclear(node, f"a mask of dtype {read.dtype} is added to the scores")
-    lowest = torch.finfo(read.dtype).min
     values = branches(read)
-    finite = [v.value for v in values if isinstance(v, Const) and v.value not in (0, -math.inf, lowest)]
+    masks = lowest(read.dtype)
+    finite = [v.value for v in values if isinstance(v, Const) and v.value != 0 and not v.value <= masks]
     if finite:
         found = f"the mask adds {finite[0]} to scores, which is neither 0, -inf nor the lowest {read.dtype}"
         return Unsupported("finite_mask", node, found, "mask with torch.finfo(dtype).min or -inf")
@@ -201,6 +201,11 @@ def read_additive(
         )
     minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
     return _formula(reader, node, _unmasked(read), data, alone, minus_inf)
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """Numbers up to this one mask scores: next to it no score counts. bfloat16's lowest is one for float32 too."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
 
 
 def _unmasked(expr: Expr) -> Expr:

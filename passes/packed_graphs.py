@@ -108,6 +108,7 @@ class PackedGraphs:
         to_zero: the outputs that the late graph computed, token by token: what they are at dropped tokens says nothing.
         head: the packed graph's head, if it can run in chunks.
         data_masks: masks to be checked at each call: prologue result, additive?, negated?
+        biases: of scores, to be checked at each call: prologue result, its dims, what its numbers must be below.
         scored: the selections whose tokens are picked out of the packed ones (`scored.py`).
     """
 
@@ -121,6 +122,7 @@ class PackedGraphs:
     mask_columns: list[MaskColumns]
     mask_of: list[int]
     data_masks: list[tuple[int, bool, bool]]
+    biases: list[tuple[int, tuple[Dim, ...], float]]
     guards: list[list[tuple[int, Factor]]]
     can_drop_padding: bool
     cuts: dict[Selection, tuple[Any, Any]]

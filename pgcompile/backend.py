@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -356,15 +357,16 @@ class PackedCall:
 
 def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
     """A dense column at the representatives: its rows get size 1, its positions size T, its other dims stay."""
-    at = next((i for i, dim in enumerate(dims) if POSITION in dim), None)
-    if at is not None and not any(ROW in dim for dim in dims):
-        return value.index_select(at, plan.position)
+    factors = {f for dim in dims for f in dim}
+    if ROW not in factors and (POSITION,) in dims:
+        return value.index_select(dims.index((POSITION,)), plan.position)
     packed = rows_first(value, dims, plan.rows, plan.positions)[plan.row, plan.position]
-    holder = POSITION if at is not None else ROW
+    holder = POSITION if POSITION in factors else ROW
     rest = iter(range(1, packed.dim()))
-    order = [0 if holder in dim else next(rest) for dim in dims if holder in dim or ROW not in dim]
-    packed = packed.permute(order).contiguous()  # as it was compiled for
-    for i, dim in enumerate(dims):
-        if ROW in dim and holder not in dim:
-            packed = packed.unsqueeze(i)
-    return packed
+    order: list[int] = []
+    sizes: list[int] = []
+    for dim in dims:
+        parts = [0 if f == holder else next(rest) for f in dim or (1,) if f == holder or f != ROW]
+        order += parts
+        sizes.append(math.prod(packed.shape[part] for part in parts))
+    return packed.permute(order).reshape(sizes).contiguous()  # as it was compiled for

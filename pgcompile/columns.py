@@ -16,14 +16,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .passes.layout import POSITION, ROW, Dim
+from .passes.mask_formula import lowest
 from .passes.packed_graphs import PackedGraphs, ResultRef
 
-# What may be wrong with a query's row of a mask that is data.
+# What may be wrong with a query's row of a mask that is data, or with a key's bias.
 MASK_PROBLEMS = (
     "",
     "the mask that was given is not causal with padding",
     "the mask that was given differs between heads",
     "the mask that was given adds numbers other than 0 and minus infinity",
+    "a bias of the scores is infinite, or so large that it might be meant as a mask",
 )
 
 
@@ -44,7 +46,8 @@ class Columns:
         valid: for each of `key_groups`, which keys are valid.
         changes: for each of `part_columns`, where a token's value isn't that of the token before it.
         droppable: tokens that nothing reads, apart from attention; None if they all may be read.
-        problems: for each mask that is data, what is wrong with each query's row, an index into `MASK_PROBLEMS`.
+        problems: for each mask that is data, what is wrong with each query's row, and for each bias, with each key's
+            numbers; an index into `MASK_PROBLEMS`.
     """
 
     keys: list[Any]
@@ -91,7 +94,9 @@ def read_columns(
     ]
     droppable = _unread(graphs, results, n, s, keys[0].device) if graphs.can_drop_padding and groups else None
     changes = [_changes(results[i].expand(n, s)) for i in part_columns(graphs)]
-    columns = Columns([*data_valid, *keys], valid, changes, droppable, [problem for _, problem in read])
+    problems = [problem for _, problem in read]
+    problems += [_bias_problem(results[i].detach(), dims, limit, n, s) for i, dims, limit in graphs.biases]
+    columns = Columns([*data_valid, *keys], valid, changes, droppable, problems)
     return columns, wide, data_valid
 
 
@@ -231,6 +236,12 @@ def select_map(token_map: Tensor, selection: Any, results: Sequence[Tensor], gra
     return target(parent, *tree_map(lambda a: results[a.index] if isinstance(a, ResultRef) else a, args))
 
 
+def _bias_problem(bias: Tensor, dims: tuple[Dim, ...], limit: float, n: int, s: int) -> Tensor:
+    """What is wrong with the numbers that are added to each key's scores, int8 [N, S]."""
+    is_wrong = rows_first(~(bias.abs() <= limit), dims, n, s)
+    return is_wrong.reshape(n, s, -1).any(-1).to(torch.int8) * 4
+
+
 def _read_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int) -> tuple[Tensor, Tensor]:
     """Read a mask `[N, H, S, S]` that is data as causal ∧ padding.
 
@@ -247,7 +258,7 @@ def _read_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int)
         raise DenseCall("mask_not_understood", text)
     if additive:
         allowed = mask == 0
-        numbers = ~(allowed | (mask <= torch.finfo(mask.dtype).min))
+        numbers = ~(allowed | (mask <= lowest(mask.dtype)))
     else:
         allowed = ~mask.bool() if negated else mask.bool()
         numbers = torch.zeros_like(allowed[:, :, :, :1])

@@ -56,6 +56,7 @@ ROWS = ("row_mixing", "row_layout", "unknown_op")
 BOTH = ("token_mixing", "row_mixing", "row_layout", "unknown_op")
 NOT_CAUSAL = ("not_causal", "mask_not_understood", "token_mixing")
 SIZE = ("size_as_number", "unknown_op")
+WRITTEN = either(*BOTH, *NOT_CAUSAL, "mutation", "unknown_op")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1163,6 +1164,24 @@ def finite_mask_minus_1e9(m, q, k, v, ids, mask):
     return torch.where(causal_mask(q.shape[-2]), scores_of(q, k), -1e9).softmax(-1) @ v
 
 
+@attention(PACKS)
+def lowest_scaled_down(m, q, k, v, ids, mask):
+    masked = (q @ k.mT).masked_fill(~causal_mask(q.shape[-2]), torch.finfo(q.dtype).min)
+    return (masked / 3).softmax(-1) @ v
+
+
+@attention(either("finite_mask"))
+def lowest_scaled_up(m, q, k, v, ids, mask):
+    masked = (q @ k.mT).masked_fill(~causal_mask(q.shape[-2]), torch.finfo(q.dtype).min)
+    return (masked * 3).softmax(-1) @ v
+
+
+@attention(refused("finite_mask", *NOT_CAUSAL))
+def lowest_scaled_to_a_bias(m, q, k, v, ids, mask):
+    masked = (q @ k.mT).masked_fill(~causal_mask(q.shape[-2]), torch.finfo(q.dtype).min)
+    return (masked * 1e-307).softmax(-1) @ v
+
+
 @attention(refused("finite_mask", *NOT_CAUSAL))
 def finite_mask_in_sdpa(m, q, k, v, ids, mask):
     S = q.shape[-2]
@@ -1390,6 +1409,117 @@ def bias_by_length(m, q, k, v, ids, mask):
     return scores.masked_fill(~causal_mask(S), float("-inf")).softmax(-1) @ v
 
 
+# Biases of keys (ALiBi).
+def slopes():
+    return torch.tensor([0.9, -0.3, 0.2, 0.05], dtype=torch.float64)[:, None, None]
+
+
+def indices(x):
+    return torch.arange(x.shape[-2], dtype=x.dtype)
+
+
+@attention(PACKS)
+def bias_of_keys(m, q, k, v, ids, mask):
+    scores = scores_of(q, k) + slopes() * indices(k)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def bias_of_keys_for_all_heads(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return (0.3 * indices(k) + scores).softmax(-1) @ v
+
+
+@attention(PACKS)
+def bias_of_keys_then_scaled(m, q, k, v, ids, mask):
+    scores = -2 * (q @ k.mT + slopes() * indices(k)) / 3
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def bias_of_keys_then_capped(m, q, k, v, ids, mask):
+    scores = torch.tanh((scores_of(q, k) + slopes() * indices(k)) / 3) * -2
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def bias_of_keys_to_capped_scores(m, q, k, v, ids, mask):
+    scores = torch.tanh(scores_of(q, k) / 3) * 3 + slopes() * indices(k)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def bias_of_keys_alone(m, q, k, v, ids, mask):
+    scores = scores_of(q, k) * 0 + slopes() * indices(k)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def two_biases_of_keys(m, q, k, v, ids, mask):
+    scores = scores_of(q, k) + slopes() * indices(k) + indices(k).cos()
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def bias_of_queries(m, q, k, v, ids, mask):
+    scores = scores_of(q, k) + slopes() * indices(q)[:, None]
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS, padding="left")
+def bias_of_keys_from_padding(m, q, k, v, ids, mask):
+    count = ((mask.cumsum(-1) - 1) * mask)[:, None].double()
+    bias = (slopes() * count[:, None]).reshape(-1, 1, q.shape[-2])
+    scores = bias.baddbmm(q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.7, alpha=0.4).view(
+        -1, HEADS, *[q.shape[-2]] * 2
+    )
+    allowed = causal_mask(q.shape[-2]) & mask[:, None, None].bool()
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights.view(-1, *weights.shape[2:]) @ v.flatten(0, 1)).view(v.shape)
+
+
+@attention(PACKS, padding="right")
+def finite_bias_of_padding(m, q, k, v, ids, mask):
+    scores = scores_of(q, k) + (1.0 - mask[:, None, None].double()) * -7.0
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def bias_of_keys_in_the_mask(m, q, k, v, ids, mask):
+    bias = (slopes() * indices(k))[None]
+    additive = bias.masked_fill(~causal_mask(q.shape[-2]), torch.finfo(q.dtype).min)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive)
+
+
+@attention(PACKS)
+def bias_of_keys_added_to_the_mask(m, q, k, v, ids, mask):
+    additive = torch.where(causal_mask(q.shape[-2]), 0.0, -torch.inf) + slopes() * indices(k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive, scale=0.1)
+
+
+@attention(WRITTEN)
+def bias_of_keys_written_behind_the_mask(m, q, k, v, ids, mask):
+    bias = slopes() * indices(k)
+    additive = torch.where(causal_mask(q.shape[-2]), 0.0, -torch.inf) + bias
+    bias.mul_(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive) + 0 * bias.sum()
+
+
+@attention(
+    either(*BOTH, *NOT_CAUSAL),
+    inputs=lambda batch: (torch.randn(1, HEADS, 1, LONGEST, dtype=torch.float64).requires_grad_(),),
+)
+def bias_of_keys_with_gradient(m, q, k, v, ids, mask, bias):
+    scores = scores_of(q, k) + bias[..., : q.shape[-2]]
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS)
+def bias_of_keys_that_heads_share(m, q, k, v, ids, mask):
+    scores = scores_of(q, k[:, :1]) + slopes() * indices(k)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v[:, :1]
+
+
 @attention(PACKS)
 def scores_soft_capped(m, q, k, v, ids, mask):
     scores = 5 * torch.tanh(scores_of(q, k) / 5)
@@ -1473,7 +1603,6 @@ def sinks_that_differ_by_position(m, q, k, v, ids, mask):
 
 # Writes and switches of grad mode between what makes up one softmax.
 SINKS = dict(module=lambda: nn.Linear(1, HEADS, bias=False))
-WRITTEN = either(*BOTH, *NOT_CAUSAL, "mutation", "unknown_op")
 
 
 def _sinks(m):

@@ -145,6 +145,21 @@ def test_ideal_is_the_ratio_of_counted_work():
     ] == (2 * distinct)
 
 
+@pytest.mark.parametrize("case", [group_case(6, 2, 3), tree_case(3, 2, 2, 9), group_case(0, 5, 3)])
+def test_a_batch_of_as_many_tokens_and_predictions_that_shares_nothing(case):
+    batch = build(case, VOCABULARY)
+    alone = batch.distinct()
+    rows, length = alone.ids.shape
+    assert (
+        length <= batch.ids.shape[1]
+        and batch.tokens["distinct"] - rows < alone.ids.numel() <= batch.tokens["distinct"]
+    )
+    assert alone.tokens["distinct"] == alone.ids.numel()
+    assert batch.predictions["distinct"] - rows < alone.weights.numel() <= batch.predictions["distinct"]
+    assert alone.weights.sum() == pytest.approx(1)
+    assert torch.equal(alone.ids[0, : int(batch.lengths[0])], batch.ids[0, : int(batch.lengths[0])][:length])
+
+
 def test_figures_of_a_record():
     record = Record({"name": "a"}, "step", {}, {"dense": 800, "valid": 800, "distinct": 200})
     fast, slow = Row("dense-compiled", is_dense=True), Row("dense", is_dense=True)
@@ -153,6 +168,9 @@ def test_figures_of_a_record():
     record.rows = [slow, fast, ours]
     assert record.baseline is fast and record.speedup(ours) == 3 and record.efficiency(ours) == 0.75
     assert record.memory_ratio(ours) == 0.4 and ours.compile_seconds == 4 and ours.planning_share == 0.1
+    assert record.memory_overhead(ours) is None
+    record.memory_share = 0.32
+    assert record.memory_overhead(ours) == pytest.approx(1.25) and record.memory_overhead(slow) is None
     assert record.utilization(ours, 400) == 0.5 and record.utilization(fast, 400) == pytest.approx(2 / 3)
     slow.status = fast.status = "out of memory"
     assert record.speedup(ours) is record.efficiency(ours) is record.memory_ratio(ours) is None
@@ -438,7 +456,16 @@ def test_a_whole_run(config, tmp_path):
     assert len(ours.seconds) == 2 and ours.peak_bytes < record.rows[0].peak_bytes
     assert record.machine["device"] == "CPU" and record.machine["versions"]["torch"] == torch.__version__
     assert record.settings["options"] == ["inner=eager"] and "--prompt 48 --answer 8" in record.command
-    for word in ("P=48 R=8 G=4", "median", "efficiency", "of dense", "trl-tree: unavailable", "planning"):
+    assert 0 < record.memory_share < 1
+    for word in (
+        "P=48 R=8 G=4",
+        "median",
+        "efficiency",
+        "of dense",
+        "of ideal",
+        "trl-tree: unavailable",
+        "planning",
+    ):
         assert word in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert record.command in text.read_text() and "needs CUDA and FlashAttention-3" in text.read_text()

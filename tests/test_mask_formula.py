@@ -423,6 +423,13 @@ ADDITIVE = {
         "causal ∧ key_padding(p_1)",
         False,
     ),
+    "bfloat16 min in float32": (
+        lambda p, s, x: torch.where(
+            allowed(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min
+        ).float(),
+        "causal ∧ key_padding(p_1)",
+        False,
+    ),
     "float32 min rounds to -inf": (
         lambda p, s, x: torch.where(causal(p), 0.0, MIN).bfloat16(),
         "causal",
@@ -824,13 +831,6 @@ REFUSED = {
     "ones": (lambda p, s, x: torch.where(causal(p), 1.0, MIN), "finite_mask", "1.0"),
     "another dtype's min": (
         lambda p, s, x: torch.where(causal(p), 0.0, torch.finfo(torch.float16).min),
-        "finite_mask",
-        "",
-    ),
-    "bfloat16 min in float32": (
-        lambda p, s, x: torch.where(
-            causal(p), torch.zeros((), dtype=torch.bfloat16), torch.finfo(torch.bfloat16).min
-        ).float(),
         "finite_mask",
         "",
     ),

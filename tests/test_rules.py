@@ -688,10 +688,10 @@ def test_no_rule_for_indices_of_tokens() -> None:
 
 @pytest.mark.parametrize("dims", [
     ("N", "S", 6), ("S", "N", 6), ("N", 1, "S", 4), ("N*S", 6), ("S*N", 6), ("N", "S"), ("S", 6), (1, "S", 6),
-    ("N", 6, "S"),
+    ("N", 6, "S"), ("N*6", 1, "S"), ("N*6", "S"), ("S*3", "N*2", 4), ("N*2", 4), (3, 1, "S"), ("S*6", 4),
 ])  # fmt: skip
 def test_columns_are_packed_like_the_stream(dims: tuple[Any, ...]) -> None:
-    """The runtime's `pack_column` against `pack` above, for columns whose token dims hold tokens only."""
+    """The runtime's `pack_column` against `pack` above."""
     for seed, (n, s) in enumerate(SIZES):
         batch = make_batch(n, s, seed, drops=True, position_is_key=True)
         value = materialize(Tensor("column", dims), batch, zero_dropped=False)

@@ -477,6 +477,47 @@ def test_a_number_of_the_module_when_everything_is_dynamic():
     assert pgcompile.stats().packed == 3
 
 
+class KeyBias(nn.Module):
+    """One attention whose scores get `bias`, broadcast to [N, H, S, S], in float32."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 32, dtype=dtype), nn.Linear(32, 31, dtype=dtype)
+
+    def forward(self, ids, bias):
+        q = self.embed(ids).unflatten(-1, (4, 8)).transpose(1, 2)
+        s = torch.arange(ids.shape[1])
+        scores = (q @ q.mT * 0.3).to(torch.promote_types(q.dtype, torch.float32)) + bias
+        weights = scores.masked_fill(s[:, None] < s, -torch.inf).softmax(-1)
+        return self.head((weights.to(q.dtype) @ q).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_of_keys_is_not_rounded(dtype):
+    """Numbers of which half precision knows every eighth or so: as errors they would be exponents."""
+    model, ids = KeyBias(), batch_of().input_ids
+    bias = torch.randn(1, 4, 1, ids.shape[1]) + 3000
+    truth = model(ids, bias.double())
+    half = KeyBias(dtype)
+    half.load_state_dict({name: value.to(dtype) for name, value in model.state_dict().items()})
+    fast = compiled(half, {"inner": "inductor", "strict": True})
+    errors = [(out.double() - truth).norm() / truth.norm() for out in (half(ids, bias), fast(ids, bias))]
+    assert errors[1] <= 2 * errors[0] < 0.05
+    assert pgcompile.stats().packed == 1
+
+
+@pytest.mark.parametrize("number", [-torch.inf, torch.finfo(torch.float32).min, torch.nan])
+def test_a_bias_that_may_be_a_mask_runs_dense(number, caplog):
+    model, ids = KeyBias(), batch_of().input_ids
+    bias = torch.zeros(len(ids), 1, 1, ids.shape[1])
+    fast = compiled(model)
+    assert torch.allclose(fast(ids, bias), model(ids, bias))
+    assert pgcompile.stats().packed == 1 and "a bias of the scores" not in caplog.text
+    bias[0, ..., -1] = number
+    assert torch.equal(fast(ids, bias), model(ids, bias)) or number != number
+    assert pgcompile.stats().dense == 1 and "a bias of the scores is infinite" in caplog.text
+
+
 def test_dump_dir_gets_every_pass(tmp_path):
     from pgcompile.passes import PASSES
 

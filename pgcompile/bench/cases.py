@@ -119,6 +119,18 @@ class Batch:
         distinct = len(self.predictors[used].unique())
         return {"dense": self.weights.numel(), "valid": int(used.sum()), "distinct": distinct}
 
+    def distinct(self) -> Batch:
+        """About as many tokens and predictions as are distinct, in rows no longer than these, sharing nothing."""
+        tokens, predictions = self.tokens["distinct"], self.predictions["distinct"]
+        rows = -(-tokens // self.ids.shape[1])
+        length = tokens // rows
+        ids = self.ids.new_zeros(tokens).index_put((self.class_of[self.mask],), self.ids[self.mask])
+        ids = ids[: rows * length].view(rows, length)
+        answers = min(max(1, predictions // rows), length - 1)
+        weights = self.weights.new_full((rows, answers), 1 / (rows * answers))
+        classes = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        return Batch(ids, torch.ones_like(self.mask[:1, :1]).expand_as(ids), classes, weights)
+
     def to(self, device: torch.device) -> Batch:
         ids, mask, class_of, weights = (
             t.to(device) for t in (self.ids, self.mask, self.class_of, self.weights)

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..report import BatchReport, GraphReport
 from ..stats import stats
 from .agreement import Outcome, Yardstick
 from .cases import Batch, Case, build
-from .contestants import Contestant, Run, Setup
+from .contestants import EAGER, Contestant, Run, Setup
 from .machine import is_out_of_memory, peak_memory, synchronize
 from .models import Model, Work
 from .results import Record, Row
@@ -72,8 +72,11 @@ def measure(
         if runner.is_running:
             tell(f"{runner.row.name}, memory")
             with _judged(runner.row):
-                _clear(model)
-                runner.row.peak_bytes = peak_memory(device, functools.partial(_step, runner, phase))
+                runner.row.peak_bytes = _peak(runner, model, phase)
+                if runner.row.name == EAGER:
+                    alike = replace(runner.setup, batch=batch.distinct())
+                    distinct = Runner(runner.row, alike, chosen[EAGER].prepare(alike))
+                    record.memory_share = _peak(distinct, model, phase) / runner.row.peak_bytes
     for repeat in range(repeats):
         for runner in runners:
             if runner.is_running:
@@ -142,6 +145,12 @@ def _step(runner: Runner, phase: str) -> Tensor:
     logprobs = runner.run()
     (logprobs * runner.setup.batch.weights).sum().backward()
     return logprobs
+
+
+def _peak(runner: Runner, model: Model, phase: str) -> int:
+    _clear(model)
+    device = runner.setup.batch.ids.device
+    return peak_memory(device, functools.partial(_step, runner, phase))
 
 
 def _clear(model: Model) -> None:

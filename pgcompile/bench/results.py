@@ -67,6 +67,8 @@ class Record:
     Args:
         tokens, operations: of the dense batch, of its tokens without padding, and of distinct ones. Operations are
             those of linear layers and attention, forward (and backward, twice as many, in a step).
+        memory_share: peak memory of dense eager on as many tokens and predictions as are distinct, over that on the
+            batch.
         settings: what of the command line has an influence on figures.
     """
 
@@ -75,6 +77,7 @@ class Record:
     tokens: dict[str, int]
     operations: dict[str, int]
     rows: list[Row] = field(default_factory=list)
+    memory_share: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
@@ -125,6 +128,11 @@ class Record:
         """Of the leanest dense contestant's."""
         dense = [r.peak_bytes for r in self.rows if r.is_dense and r.median is not None and r.peak_bytes]
         return row.peak_bytes / min(dense) if dense and row.peak_bytes and row.median is not None else None
+
+    def memory_overhead(self, row: Row) -> float | None:
+        """Over what the leanest dense contestant would need for the distinct tokens; nothing for dense contestants."""
+        ratio = self.memory_ratio(row)
+        return None if ratio is None or row.is_dense or not self.memory_share else ratio / self.memory_share
 
     def utilization(self, row: Row, rate: float | None) -> float | None:
         """Operations of what the contestant computes over what the device could do in that time (MFU)."""

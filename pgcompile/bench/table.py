@@ -81,6 +81,7 @@ COLUMNS: dict[str, Cell] = {
     "reported": lambda record, row: reported(record) if row.name == OURS else "",
     "peak memory": _memory,
     "of dense": lambda record, row: _cell(record.memory_ratio(row), "{:.0%}"),
+    "of ideal": lambda record, row: _cell(record.memory_overhead(row), "{:.0%}"),
     "MFU": _utilization,
     "tokens": _tokens,
     "depth": _depth,

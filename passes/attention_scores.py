@@ -1,0 +1,308 @@
+"""Attention scores: what becomes of the product of queries and keys before the softmax.
+
+    matmul(q, kᵀ) → {cast, scale, bias of keys}* → {tanh → scale}? → {cast, scale, bias of keys, mask}*
+
+Read backwards, from the softmax to the product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import aten, bound_args, node_arg, shape, val
+from .layout import KEY, POSITION, Dim, is_token_factor
+from .mask_expr import Const
+from .mask_formula import MaskFormula, lowest, read_additive, read_allowed
+from .mask_reader import MaskReader
+from .mask_rules import is_one
+from .propagate import Analysis
+from .reasons import Unsupported
+from .rules import PROLOGUE
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Numbers that are added to the scores of a key, whoever asks (ALiBi, arXiv 2108.12409).
+
+    ALiBi's `slope * (k - q)` differs from `slope * k`, as models add it, by a constant of the query, which the softmax
+    cancels.
+
+    Args:
+        node: prologue value that broadcasts to the scores; the same for all queries.
+        dims: of `node`, aligned right to those of the scores; its keys are positions.
+        heads: of the scores, in each of their dims before those of queries and keys.
+        factor: of the numbers.
+    """
+
+    node: fx.Node
+    dims: tuple[Dim, ...]
+    heads: tuple[int, ...]
+    factor: float = 1.0
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Larger numbers might overflow next to scores of this dtype, or not be told from masks."""
+        largest = min(torch.finfo(d).max for d in (dtype, val(self.node).dtype))
+        return largest / 4 / max(1.0, abs(self.factor))
+
+
+@dataclass
+class AttentionScores:
+    """`softcap * tanh((scale * product + bias) / softcap)` behind masks; without a cap, only what is in the tanh.
+
+    Args:
+        product: the product of queries and keys; while reading, the last node that was read.
+        scale: while reading, the factor since the cap, if one was read.
+        after_cap: the factor of the tanh; `softcap` is its size.
+    """
+
+    product: fx.Node
+    masks: list[MaskFormula] = field(default_factory=list)
+    scale: float = 1.0
+    softcap: float | None = None
+    after_cap: float = 1.0
+    biases: list[Bias] = field(default_factory=list)
+
+    def cap(self) -> None:
+        self.softcap, self.after_cap, self.scale = abs(self.scale), self.scale, 1.0
+
+    def refuses(self, added: MaskFormula | Bias, dtype: torch.dtype) -> str | None:
+        """Why what is added here, to scores of this dtype, can't be part of the formula."""
+        if isinstance(added, Bias):
+            return None
+        if self.softcap is not None:
+            return "scores are capped after they were masked"
+        stays_low = self.scale <= 1 and torch.finfo(dtype).min * self.scale < _LOW
+        if self.scale <= 0 or not (added.minus_inf or stays_low):
+            return "scores are scaled after they were masked"
+        return None
+
+    def add(self, added: MaskFormula | Bias) -> None:
+        if isinstance(added, Bias):
+            self.biases.append(replace(added, factor=added.factor * self.scale * self.after_cap))
+        else:
+            self.masks.append(added)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operation: the scores that it takes, their factor, and what it adds to them."""
+
+    scores: fx.Node
+    factor: float = 1.0
+    added: Sequence[MaskFormula | Bias] = ()
+
+
+@dataclass(frozen=True)
+class _Masking:
+    """A `masked_fill` or `where` that keeps some numbers, and makes the others minus infinity or the lowest."""
+
+    kept: fx.Node
+    condition: fx.Node
+    negated: bool
+    minus_inf: bool
+
+
+def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsupported:
+    """What a softmax gets, back to the product of queries and keys."""
+    read = AttentionScores(node)
+    while read.product.target not in _PRODUCTS:
+        node = read.product
+        if node.target is aten.tanh.default and read.softcap is None and read.scale != 0:
+            if read.biases:
+                return Unsupported("token_mixing", node, "a bias is added to capped scores")
+            read.cap()
+            read.product = node_arg(node, 0)
+            continue
+        is_product = node.target is aten.baddbmm.default
+        step = (_read_baddbmm if is_product else _read_step)(node, analysis)
+        if isinstance(step, Unsupported):
+            return step
+        for term in step.added:
+            refusal = read.refuses(term, val(node).dtype)
+            if refusal is not None:
+                return Unsupported("finite_mask", node, refusal)
+            read.add(term)
+        read.product = step.scores
+        read.scale *= step.factor
+        if is_product:
+            break
+    return read
+
+
+def is_scores(node: Any, analysis: Analysis) -> bool:
+    """Attention scores or probabilities: values that have keys."""
+    value = analysis.values.get(node) if isinstance(node, fx.Node) else None
+    return value is not None and bool(value.layouts) and value.layout.has(KEY)
+
+
+def is_cast(node: fx.Node) -> bool:
+    """A cast between floating types, or a copy."""
+    return node.target in _CASTS and val(node).dtype.is_floating_point
+
+
+def regroups_heads(node: fx.Node, analysis: Analysis) -> bool:
+    """A view of scores or probabilities that leaves queries and keys alone: `[N*H, S, S]` as `[N, H, S, S]`."""
+    if node.target not in _VIEWS:
+        return False
+    before, after = (analysis.values[n].layout.dims[-2:] for n in (node_arg(node, 0), node))
+    return before == after and after[1] == (KEY,)
+
+
+def lead(scores: fx.Node, analysis: Analysis) -> tuple[Dim, ...]:
+    """The dims of attention scores before those of queries and keys."""
+    return analysis.values[scores].layout.dims[:-2]
+
+
+# What no score comes near: the lowest number may be divided and still masks.
+_LOW = -1e30
+_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_CASTS = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
+    aten.contiguous.default, aten.type_as.default, aten.alias.default,
+}  # fmt: skip
+_MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar}
+_DIVISIONS = {aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor}
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_WHERES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
+
+
+def _read_step(node: fx.Node, analysis: Analysis) -> _Step | Unsupported:
+    args, kwargs = bound_args(node)
+    target = node.target
+    if is_cast(node) or regroups_heads(node, analysis):
+        return _Step(args[0])
+    if target in _MULTIPLICATIONS | _DIVISIONS:
+        is_first = is_scores(args[0], analysis)
+        number = _constant(args[1], node) if is_first else None
+        if number is not None:
+            return _Step(args[0], number if target in _MULTIPLICATIONS else 1 / number)
+        number = _constant(args[0], node) if target in _MULTIPLICATIONS else None
+        if number is not None:
+            return _Step(args[1], number)
+    masking = _as_masking(node)
+    if masking is not None:
+        found = _read_condition(masking, masking.kept, analysis)
+        return found if isinstance(found, Unsupported) else _Step(masking.kept, added=[found])
+    if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
+        scores, added = args[:2] if is_scores(args[0], analysis) else (args[1], args[0])
+        if isinstance(added, fx.Node):
+            terms = read_added(added, scores, node, analysis)
+            return terms if isinstance(terms, Unsupported) else _Step(scores, added=terms)
+    text = f"`{target}` between attention scores and softmax has no rule"
+    hint = "understood is: scores × scale + bias of keys (→ tanh × cap) + mask → softmax"
+    return Unsupported("token_mixing", node, text, hint)
+
+
+def _read_baddbmm(node: fx.Node, analysis: Analysis) -> _Step | Unsupported:
+    """`baddbmm(mask | bias, q, kᵀ)`: of the product, which is the node itself."""
+    args, kwargs = bound_args(node)
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if beta == 0:
+        return _Step(node, float(alpha))
+    terms = read_added(args[0], node, node, analysis)
+    if isinstance(terms, Unsupported):
+        return terms
+    if beta != 1 and any(isinstance(t, MaskFormula) and not (t.minus_inf and beta > 0) for t in terms):
+        return Unsupported("finite_mask", node, "a finite mask is scaled")
+    terms = [replace(t, factor=t.factor * beta) if isinstance(t, Bias) else t for t in terms]
+    return _Step(node, float(alpha), terms)
+
+
+def read_added(
+    added: fx.Node, scores: fx.Node, user: fx.Node, analysis: Analysis
+) -> list[MaskFormula | Bias] | Unsupported:
+    """The terms of what `user` adds to the scores: masks where they can be read as such, else biases of keys.
+
+    Args:
+        scores: a node with the dims of the scores, up to those of queries and keys.
+    """
+    if analysis.kind(added) != PROLOGUE:
+        text = "a bias computed from activations or parameters is added to the scores"
+        return Unsupported("mask_not_understood", user, text)
+    mask = read_additive(added, alone=False, lead=lead(scores, analysis))
+    is_read = not isinstance(mask, Unsupported) and mask.data is None
+    bias = None if is_read else _as_bias(added, scores, analysis)
+    if bias is not None:
+        return [bias]
+    if not isinstance(mask, Unsupported):
+        return [mask]
+    args, kwargs = bound_args(added)
+    if added.target is aten.expand.default:
+        return read_added(args[0], scores, user, analysis)
+    masking = _as_masking(added)
+    parts: list[Any] = []
+    if masking is not None:
+        parts = [_read_condition(masking, scores, analysis), read_added(masking.kept, scores, user, analysis)]
+    elif added.target is aten.add.Tensor and kwargs.get("alpha", 1) == 1 and isinstance(args[1], fx.Node):
+        parts = [read_added(x, scores, user, analysis) for x in args[:2]]
+    if not parts or any(isinstance(part, Unsupported) for part in parts):
+        return mask
+    return [term for part in parts for term in (part if isinstance(part, list) else [part])]
+
+
+def _as_bias(added: fx.Node, scores: fx.Node, analysis: Analysis) -> Bias | None:
+    """What is added, if it is a number for each key, the same for all queries."""
+    sizes, value = shape(added), val(added)
+    is_of_keys = len(sizes) > 0 and not is_one(sizes[-1]) and all(map(is_one, sizes[-2:-1]))
+    if not (value.dtype.is_floating_point and is_of_keys):
+        return None
+    reader = MaskReader(added.graph)
+    reader.read_final(added)
+    if reader.stale is not None:
+        return None
+    first = lead(scores, analysis)
+    heads = (math.prod(f for f in dim if not is_token_factor(f)) for dim in first)
+    aligned = (*first, (), (POSITION,))[-len(sizes) :]
+    dims = (() if is_one(size) else dim for size, dim in zip(sizes, aligned, strict=True))
+    return Bias(added, tuple(dims), tuple(heads))
+
+
+def _as_masking(node: fx.Node) -> _Masking | None:
+    args, _ = bound_args(node)
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        choices = [(args[0], args[1], True, args[2])]
+    elif node.target in _WHERES:
+        choices = [(args[1], args[0], False, args[2]), (args[2], args[0], True, args[1])]
+    else:
+        return None
+    for kept, condition, negated, value in choices:
+        minus_inf = _is_masked_value(value, node)
+        if minus_inf is not None and isinstance(kept, fx.Node):
+            return _Masking(kept, condition, negated, minus_inf)
+    return None
+
+
+def _read_condition(masking: _Masking, scores: fx.Node, analysis: Analysis) -> MaskFormula | Unsupported:
+    condition = masking.condition
+    if analysis.kind(condition) != PROLOGUE:
+        text = "the attention mask is computed from activations or parameters"
+        return Unsupported("mask_not_understood", condition, text)
+    found = read_allowed(condition, negated=masking.negated, alone=False, lead=lead(scores, analysis))
+    return found if isinstance(found, Unsupported) else replace(found, minus_inf=masking.minus_inf)
+
+
+def _constant(x: Any, user: fx.Node) -> float | None:
+    """A number, or the constant that a node computes (`torch.tensor(-inf)`, `full([], v)`)."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return float(x)
+    if not isinstance(x, fx.Node) or not isinstance(val(x), torch.Tensor):
+        return None
+    reader = MaskReader(user.graph)
+    found = reader.read_final(x).expr
+    return float(found.value) if isinstance(found, Const) and reader.stale is None else None
+
+
+def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
+    """True for -inf, False for the `lowest` finite number of the scores' dtype, None for anything else (a bias)."""
+    number = _constant(value, node)
+    if number is None:
+        return None
+    if number == -math.inf:
+        return True
+    return False if number <= lowest(val(node).dtype) else None
