@@ -13,7 +13,7 @@ Shapes by suffix as in reference.py; within a call, B ranges of L queries and S 
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import reference
 from .contract import Scores, TreeMask
 from .per_plan import once_per_plan
-from .split import merge, result, with_positive_scale
+from .split import merge_, result, with_positive_scale
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -59,24 +59,29 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
     q_1HTD, scale, _ = with_positive_scale(q_1HTD, scores.scale)
-    q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
+    q, k, v = of_equal_sizes(q_1HTD, k_1KTD, v_1KTE)
     dtype = reference.compute_dtype(q)
-    out_THE = q.new_empty(q.shape, dtype=dtype)
-    lse_TH = q.new_empty(q.shape[:2], dtype=dtype)
+    out_1HTE = token_major(torch.empty_like, q, dtype)
+    lse_1HT = q.new_empty(q.shape[:3], dtype=dtype)
     cutter = Cutter(mask)
     for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         part_BHLE, lse_BHL = _forward(
-            *heads_first(call.queries.take(q), call.keys.take(k), call.keys.take(v)), 0.0, call.is_causal,
+            call.queries.take(q), call.keys.take(k), call.keys.take(v), 0.0, call.is_causal,
             attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
         )  # fmt: skip
         if hidden_BLS is not None:  # for a query that sees no key, the kernel has zeros
             lse_BHL = lse_BHL.masked_fill(hidden_BLS.all(-1)[:, None], -torch.inf)
-        part, part_lse = part_BHLE.transpose(1, 2).to(dtype), lse_BHL.transpose(1, 2).to(dtype)
-        if not call.is_first:
-            part, part_lse = merge(call.queries.take(out_THE), call.queries.take(lse_TH), part, part_lse)
-        call.queries.put(out_THE, part)
-        call.queries.put(lse_TH, part_lse)
-    return result(out_THE, v_1KTE.shape[-1], q.dtype), lse_TH.t().contiguous()[None]
+        part, part_lse = part_BHLE.to(dtype), lse_BHL.to(dtype)
+        if call.is_first:
+            call.queries.put(out_1HTE, part)
+            call.queries.put(lse_1HT, part_lse)
+            continue
+        seen, seen_lse = call.queries.take(out_1HTE), call.queries.take(lse_1HT)
+        merge_(seen, seen_lse, part, part_lse)
+        if not call.queries.are_views:
+            call.queries.put(out_1HTE, seen)
+            call.queries.put(lse_1HT, seen_lse)
+    return result(out_1HTE[0].transpose(0, 1), v_1KTE.shape[-1], q.dtype), lse_1HT
 
 
 def attention_backward(
@@ -91,45 +96,40 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
     q_1HTD, scale, factor = with_positive_scale(q_1HTD, scores.scale)
-    q, k, v, grad_out, out = token_major(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
+    q, k, v, grad_out, out = of_equal_sizes(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
     dtype = reference.compute_dtype(q)
     cutter = Cutter(mask)
-    lse_TH = (reference.finite(lse_1HT) if cutter.bites else lse_1HT)[0].t()
-    grads = [(torch.zeros_like if cutter.bites else torch.empty_like)(x, dtype=dtype) for x in (q, k, v)]
+    lse = reference.finite(lse_1HT) if cutter.bites else lse_1HT
+    grads = [token_major(torch.zeros_like if cutter.bites else torch.empty_like, x, dtype) for x in (q, k, v)]
     for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         dq, dk, dv = _backward(
-            *heads_first(
-                call.queries.take(grad_out), call.queries.take(q), call.keys.take(k), call.keys.take(v),
-                call.queries.take(out),
-            ),
-            call.queries.take(lse_TH).transpose(1, 2).contiguous(), 0.0, call.is_causal,
+            call.queries.take(grad_out), call.queries.take(q), call.keys.take(k), call.keys.take(v),
+            call.queries.take(out), call.queries.take(lse).contiguous(), 0.0, call.is_causal,
             attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
         )  # fmt: skip
-        dq, dk, dv = heads_first(dq, dk, dv)  # and back
         call.queries.add(grads[0], dq, call.is_first)
         call.keys.add(grads[1], dk, call.is_whole)
         call.keys.add(grads[2], dv, call.is_whole)
     if factor != 1:
         grads[0].mul_(factor)
     dq, dk, dv = (
-        result(grad, x.shape[-1], q.dtype) for grad, x in zip(grads, (q_1HTD, k_1KTD, v_1KTE), strict=True)
+        result(grad[0].transpose(0, 1), x.shape[-1], q.dtype)
+        for grad, x in zip(grads, (q_1HTD, k_1KTD, v_1KTE), strict=True)
     )
     return dq, dk, dv
 
 
-def token_major(*tensors_1HTD: Tensor) -> list[Tensor]:
-    """`[T, heads, size]` each; the kernel wants equal head sizes, so the smaller ones are padded with zeros."""
+def of_equal_sizes(*tensors_1HTD: Tensor) -> list[Tensor]:
+    """The kernel wants equal head sizes, so the smaller ones are padded with zeros."""
     size = max(x.shape[-1] for x in tensors_1HTD)
     short = {x.shape[-1] for x in tensors_1HTD} - {size}  # pad copies, even by nothing
     pad = torch.nn.functional.pad
-    return [
-        pad(x[0].transpose(0, 1), (0, size - x.shape[-1])) if x.shape[-1] in short else x[0].transpose(0, 1)
-        for x in tensors_1HTD
-    ]
+    return [pad(x, (0, size - x.shape[-1])) if x.shape[-1] in short else x for x in tensors_1HTD]
 
 
-def heads_first(*tensors_BLHD: Tensor) -> list[Tensor]:
-    return [x.transpose(1, 2) for x in tensors_BLHD]
+def token_major(like: Callable[..., Tensor], x_1HTD: Tensor, dtype: torch.dtype) -> Tensor:
+    """`like(x)`, `[1, heads, T, size]`, in whose memory the heads of a token are neighbours."""
+    return like(x_1HTD.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def additive(hidden_BLS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -170,24 +170,44 @@ class Ranges:
         steps = self.starts.diff()
         return int(steps[0]) if bool((steps == steps[0]).all()) else None
 
-    def take(self, x: Tensor) -> Tensor:
-        """`[T, ...]` → `[B, L, ...]`; a view where the ranges are evenly spaced."""
-        sizes = (len(self), self.length, *x.shape[1:])
+    @property
+    def are_views(self) -> bool:
+        """Does `take` return memory of its argument?"""
+        return self.step is not None
+
+    def take(self, x_1HT: Tensor) -> Tensor:
+        """`[1, heads, T, ...]` → `[B, heads, L, ...]`; a view where the ranges are evenly spaced."""
         if self.step is None:
-            return x.index_select(0, self.indices_BL.flatten()).view(sizes)
-        return x[self.first :].as_strided(sizes, (self.step * x.stride(0), *x.stride()))
+            tokens = self._tokens(x_1HT).index_select(0, self.indices_BL.flatten())
+            return tokens.unflatten(0, (len(self), self.length)).transpose(1, 2)
+        if len(self) == 1:
+            return x_1HT.narrow(2, self.first, self.length)
+        (_, heads, _, *size), (_, *strides) = x_1HT.shape, x_1HT.stride()
+        offset = x_1HT.storage_offset() + self.first * strides[1]
+        return x_1HT.as_strided(
+            (len(self), heads, self.length, *size), (self.step * strides[1], *strides), offset
+        )
 
-    def put(self, into: Tensor, part: Tensor) -> None:
-        """Write `[B, L, ...]` to `[T, ...]`."""
-        if self.step is not None:
-            self.take(into).copy_(part)
+    def put(self, into_1HT: Tensor, part: Tensor) -> None:
+        """Write `[B, heads, L, ...]` to `[1, heads, T, ...]`."""
+        if self.are_views:
+            self.take(into_1HT).copy_(part)
         else:  # no token twice: index_copy_, which unlike index_add_ runs in parallel
-            into.index_copy_(0, self.indices_BL.flatten(), part.flatten(0, 1))
+            tokens = part.transpose(1, 2).flatten(0, 1).to(into_1HT.dtype)
+            self._tokens(into_1HT).index_copy_(0, self.indices_BL.flatten(), tokens)
 
-    def add(self, into: Tensor, part: Tensor, is_first: bool) -> None:
-        """Add `[B, L, ...]` to `[T, ...]`; who comes first writes."""
-        part = part.to(into.dtype)
-        self.put(into, part if is_first else part + self.take(into))
+    def add(self, into_1HT: Tensor, part: Tensor, is_first: bool) -> None:
+        """Add `[B, heads, L, ...]` to `[1, heads, T, ...]`; who comes first writes."""
+        if is_first:
+            self.put(into_1HT, part)
+        elif self.are_views:
+            self.take(into_1HT).add_(part)
+        else:
+            self.put(into_1HT, self.take(into_1HT) + part)
+
+    def _tokens(self, x_1HT: Tensor) -> Tensor:
+        """`[T, heads, ...]`, a view."""
+        return x_1HT[0].transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return (q, scale, 1.0) if scale > 0 else (q * scale, 1.0, scale)
 
 
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys → over both: `[..., E]` outputs, `[...]` log-sum-exps.
+def merge_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Attention over two disjoint sets of keys → over both, in place of a: outputs `[..., E]`, log-sum-exps `[...]`.
 
     A side that sees nothing has lse -inf and doesn't count.
     """
-    weight_b = torch.sigmoid(lse_b - lse_a).nan_to_num(nan=0.0)  # NaN: neither side sees anything
-    return torch.lerp(out_a, out_b, weight_b[..., None]), torch.logaddexp(lse_a, lse_b)
+    weight_b = torch.sigmoid(lse_b - lse_a).nan_to_num_(nan=0.0)  # NaN: neither side sees anything
+    out_a.lerp_(out_b, weight_b[..., None])
+    torch.logaddexp(lse_a, lse_b, out=lse_a)
 
 
 def result(x_THD: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from . import reference
 from .contract import Scores, TreeMask
 from .per_plan import once_per_plan, to_device
-from .split import merge, result, with_positive_scale
+from .split import merge_, result, with_positive_scale
 
 # The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
 # at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
@@ -63,7 +63,9 @@ def attention(
     for call in levels:
         part_LHE, lse_HL = _forward(call, q, k, v, scale)
         part_LHE, at = part_LHE.to(out_THE.dtype), call.queries
-        out_THE[at], lse_TH[at] = merge(out_THE[at], lse_TH[at], part_LHE, lse_HL.t())
+        seen_LHE, seen_LH = out_THE[at], lse_TH[at]
+        merge_(seen_LHE, seen_LH, part_LHE, lse_HL.t())
+        out_THE[at], lse_TH[at] = seen_LHE, seen_LH
     return result(out_THE, v_1KTE.shape[-1], q.dtype), lse_TH.t().contiguous()[None]
 
 
