@@ -169,8 +169,8 @@ def test_figures_of_a_record():
     assert record.baseline is fast and record.speedup(ours) == 3 and record.efficiency(ours) == 0.75
     assert record.memory_ratio(ours) == 0.4 and ours.compile_seconds == 4 and ours.planning_share == 0.1
     assert record.memory_overhead(ours) is None
-    record.memory_share = 0.32
-    assert record.memory_overhead(ours) == pytest.approx(1.25) and record.memory_overhead(slow) is None
+    fast.ideal_bytes, slow.ideal_bytes = 30, 16
+    assert record.memory_overhead(ours) == 1.25 and record.memory_overhead(slow) is None
     assert record.utilization(ours, 400) == 0.5 and record.utilization(fast, 400) == pytest.approx(2 / 3)
     slow.status = fast.status = "out of memory"
     assert record.speedup(ours) is record.efficiency(ours) is record.memory_ratio(ours) is None
@@ -456,7 +456,7 @@ def test_a_whole_run(config, tmp_path):
     assert len(ours.seconds) == 2 and ours.peak_bytes < record.rows[0].peak_bytes
     assert record.machine["device"] == "CPU" and record.machine["versions"]["torch"] == torch.__version__
     assert record.settings["options"] == ["inner=eager"] and "--prompt 48 --answer 8" in record.command
-    assert 0 < record.memory_share < 1
+    assert ours.ideal_bytes is None and 0 < record.rows[0].ideal_bytes < record.rows[0].peak_bytes
     for word in (
         "P=48 R=8 G=4",
         "median",

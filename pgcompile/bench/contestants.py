@@ -80,9 +80,9 @@ def _peer(prepare: Callable[..., Run], why_not: Callable[..., str | None]) -> Co
     )
 
 
-OURS, EAGER = "pgcompile", "dense"
+OURS = "pgcompile"
 CONTESTANTS: dict[str, Contestant] = {
-    EAGER: Contestant(dense, is_dense=True),
+    "dense": Contestant(dense, is_dense=True),
     "dense-compiled": Contestant(dense_compiled, is_dense=True),
     "flex-tree": _peer(peers.flex_tree, peers.why_no_flex_tree),
     "prefix-grouper": _peer(peers.prefix_grouper, peers.why_no_prefix_grouper),

@@ -17,7 +17,7 @@ from ..report import BatchReport, GraphReport
 from ..stats import stats
 from .agreement import Outcome, Yardstick
 from .cases import Batch, Case, build
-from .contestants import EAGER, Contestant, Run, Setup
+from .contestants import Contestant, Run, Setup
 from .machine import is_out_of_memory, peak_memory, synchronize
 from .models import Model, Work
 from .results import Record, Row
@@ -73,10 +73,14 @@ def measure(
             tell(f"{runner.row.name}, memory")
             with _judged(runner.row):
                 runner.row.peak_bytes = _peak(runner, model, phase)
-                if runner.row.name == EAGER:
-                    alike = replace(runner.setup, batch=batch.distinct())
-                    distinct = Runner(runner.row, alike, chosen[EAGER].prepare(alike))
-                    record.memory_share = _peak(distinct, model, phase) / runner.row.peak_bytes
+                if runner.row.is_dense:
+                    # compiled apart, so that what is timed isn't compiled for other shapes, too
+                    setup = replace(
+                        runner.setup, model=replace(model, compiled=model.alone), batch=batch.distinct()
+                    )
+                    alone = Runner(runner.row, setup, chosen[runner.row.name].prepare(setup))
+                    _step(alone, phase)
+                    runner.row.ideal_bytes = _peak(alone, model, phase)
     for repeat in range(repeats):
         for runner in runners:
             if runner.is_running:

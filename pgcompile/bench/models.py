@@ -68,6 +68,7 @@ class Model:
         has_mask: takes an attention mask.
         has_logits_to_keep: computes logits for the positions it is told.
         compiled: what contestants compiled, by name: one job meets many shapes, and compiles for the first few.
+        alone: the same, for batches of distinct tokens alone.
     """
 
     module: nn.Module
@@ -76,6 +77,7 @@ class Model:
     has_mask: bool
     has_logits_to_keep: bool
     compiled: dict[str, Any] = field(default_factory=dict)
+    alone: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_transformers(self) -> bool:

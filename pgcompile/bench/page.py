@@ -27,11 +27,10 @@ model in higher precision than twice what dense eager is. What differs more gets
 *speed-up*: over the faster of dense eager and dense inductor, both on SDPA's causal fast path and without a mask.
 *ideal*: the operations of the dense batch (linear layers by tokens, logits by predictions, attention by query-key
 pairs) over those of its distinct tokens. *efficiency*: speed-up over ideal. *peak memory*: above what was allocated
-before the step; *of dense*: of the leaner dense contestant's; *of ideal*: of what that one would need for the distinct
-tokens alone, if it saved the share that dense eager saves on a batch of as many tokens and predictions. *MFU*:
-operations of what the contestant computes (distinct tokens, unless it is dense) over what the device could do in that
-time. *compile*: the first call less the median of the others. *planning*: share of pgcompile's step in which it finds
-what is shared; it is part of the step.
+before the step; *of dense*: of the leaner dense contestant's; *of ideal*: of what that one needs for a batch of as
+many tokens and predictions as are distinct, which shares nothing. *MFU*: operations of what the contestant computes
+(distinct tokens, unless it is dense) over what the device could do in that time. *compile*: the first call less the
+median of the others. *planning*: share of pgcompile's step in which it finds what is shared; it is part of the step.
 """
 
 

@@ -27,6 +27,7 @@ class Row:
         planning_seconds: pgcompile's planning in each of them.
         first_seconds: of the first call, which compiles.
         peak_bytes: needed above what was allocated before the step.
+        ideal_bytes: the same, of a dense contestant, for as many tokens and predictions as are distinct.
         errors: distances from the truth, as multiples of dense eager's own; see agreement.py.
         packing: what pgcompile decided.
     """
@@ -39,6 +40,7 @@ class Row:
     planning_seconds: list[float] = field(default_factory=list)
     first_seconds: float | None = None
     peak_bytes: int | None = None
+    ideal_bytes: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
 
@@ -67,8 +69,6 @@ class Record:
     Args:
         tokens, operations: of the dense batch, of its tokens without padding, and of distinct ones. Operations are
             those of linear layers and attention, forward (and backward, twice as many, in a step).
-        memory_share: peak memory of dense eager on as many tokens and predictions as are distinct, over that on the
-            batch.
         settings: what of the command line has an influence on figures.
     """
 
@@ -77,7 +77,6 @@ class Record:
     tokens: dict[str, int]
     operations: dict[str, int]
     rows: list[Row] = field(default_factory=list)
-    memory_share: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
@@ -113,6 +112,12 @@ class Record:
         dense = [row for row in self.rows if row.is_dense and row.median is not None]
         return min(dense, key=lambda row: row.median or 0.0, default=None)
 
+    @property
+    def leanest(self) -> Row | None:
+        """The dense contestant that needs the least memory."""
+        dense = [row for row in self.rows if row.is_dense and row.median is not None and row.peak_bytes]
+        return min(dense, key=lambda row: row.peak_bytes or 0, default=None)
+
     def speedup(self, row: Row) -> float | None:
         """Over the fastest dense contestant."""
         if row.median is None or self.baseline is None or self.baseline.median is None:
@@ -126,13 +131,23 @@ class Record:
 
     def memory_ratio(self, row: Row) -> float | None:
         """Of the leanest dense contestant's."""
-        dense = [r.peak_bytes for r in self.rows if r.is_dense and r.median is not None and r.peak_bytes]
-        return row.peak_bytes / min(dense) if dense and row.peak_bytes and row.median is not None else None
+        leanest = self.leanest
+        if leanest is None or not leanest.peak_bytes or not row.peak_bytes or row.median is None:
+            return None
+        return row.peak_bytes / leanest.peak_bytes
 
     def memory_overhead(self, row: Row) -> float | None:
-        """Over what the leanest dense contestant would need for the distinct tokens; nothing for dense contestants."""
-        ratio = self.memory_ratio(row)
-        return None if ratio is None or row.is_dense or not self.memory_share else ratio / self.memory_share
+        """Over what the leanest dense contestant needs for the distinct tokens; nothing for dense contestants."""
+        leanest = self.leanest
+        if (
+            row.is_dense
+            or leanest is None
+            or not leanest.ideal_bytes
+            or not row.peak_bytes
+            or row.median is None
+        ):
+            return None
+        return row.peak_bytes / leanest.ideal_bytes
 
     def utilization(self, row: Row, rate: float | None) -> float | None:
         """Operations of what the contestant computes over what the device could do in that time (MFU)."""
