@@ -15,7 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from .attention_scores import Bias, is_cast, is_scores, lead, read_added, read_scores, regroups_heads
+from .attention_scores import (
+    Bias,
+    is_cast,
+    is_scores,
+    lead,
+    read_added,
+    read_scores,
+    regroups_heads,
+    summands,
+)
 from .graph import aten, bound_args, grad_mode, node_arg, same_size, shape, val
 from .layout import KEY, is_token_factor
 from .mask_formula import CAUSAL, MaskFormula, conjoin, read_allowed, require_causal
@@ -56,6 +65,17 @@ class AttentionMatch:
     softcap: float | None = None
     sink: fx.Node | None = None
 
+    @property
+    def entries(self) -> int:
+        """How many entries more than the model's have its queries and keys, which hold the biases.
+
+        Kernels want head sizes that are multiples of eight.
+        """
+        if not self.biases:
+            return 0
+        needed = summands(val(self.node).dtype) * len(self.biases)
+        return needed + -(shape(self.q)[-1] + needed) % 8
+
     def describe(self) -> str:
         """What a query sees, and what becomes of its scores."""
         parts = [self.formula.describe()]
@@ -76,13 +96,16 @@ def match_attention(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsup
         found = _match_spelled(node, analysis)
     if isinstance(found, Unsupported):
         return found.at(node)
-    if found.biases and found.scale == 0:
-        return Unsupported("token_mixing", node, "attention to a bias alone")
+    if found.biases and not 2**-14 <= abs(found.scale) <= 2**14:  # its inverse is a number of every dtype
+        return Unsupported("token_mixing", node, f"a bias is added to scores with the scale {found.scale:g}")
+    if any(val(bias.node).dtype.itemsize > max(4, val(node).dtype.itemsize) for bias in found.biases):
+        return Unsupported("token_mixing", node, "a float64 bias is added to scores of lower precision")
     refusal = _heads_refusal(found, analysis)
     if refusal is not None:
         return refusal.at(node)
     heads, key_heads = (math.prod(_head_dims(n, analysis)) for n in (found.q, found.k))
-    return replace(found, heads_per_key=heads // key_heads)
+    biases = tuple(bias.limited(found.scale, val(node).dtype, found.formula) for bias in found.biases)
+    return replace(found, biases=biases, heads_per_key=heads // key_heads)
 
 
 def _match_sdpa(node: fx.Node, analysis: Analysis) -> AttentionMatch | Unsupported:

@@ -38,17 +38,33 @@ class Bias:
         dims: of `node`, aligned right to those of the scores; its keys are positions.
         heads: of the scores, in each of their dims before those of queries and keys.
         factor: of the numbers.
+        limit: of their size; checked at each call.
     """
 
     node: fx.Node
     dims: tuple[Dim, ...]
     heads: tuple[int, ...]
     factor: float = 1.0
+    limit: float = math.inf
 
-    def limit(self, dtype: torch.dtype) -> float:
-        """Larger numbers might overflow next to scores of this dtype, or not be told from masks."""
-        largest = min(torch.finfo(d).max for d in (dtype, val(self.node).dtype))
-        return largest / 4 / max(1.0, abs(self.factor))
+    @property
+    def differs_by_head(self) -> bool:
+        return any(not is_token_factor(f) for dim in self.dims for f in dim)
+
+    def limited(self, scale: float, dtype: torch.dtype, formula: MaskFormula) -> Bias:
+        """With the limit up to which no sum or product overflows, and the bias is far from what masks.
+
+        Args:
+            scale, dtype, formula: of the attention.
+        """
+        wide = torch.finfo(torch.promote_types(dtype, torch.float32)).max * abs(scale)
+        limit = min(torch.finfo(dtype).max, wide, formula.depth) / abs(self.factor)
+        return replace(self, limit=min(limit, torch.finfo(val(self.node).dtype).max) / 4)
+
+
+def summands(dtype: torch.dtype) -> int:
+    """Entries of a key that add up to a bias, where queries and keys have this dtype."""
+    return 1 if dtype == torch.float64 else 3
 
 
 @dataclass
@@ -58,12 +74,14 @@ class AttentionScores:
     Args:
         product: the product of queries and keys; while reading, the last node that was read.
         scale: while reading, the factor since the cap, if one was read.
+        grows: while reading, whether there was a factor larger than 1, which makes the lowest number infinite.
         after_cap: the factor of the tanh; `softcap` is its size.
     """
 
     product: fx.Node
     masks: list[MaskFormula] = field(default_factory=list)
     scale: float = 1.0
+    grows: bool = False
     softcap: float | None = None
     after_cap: float = 1.0
     biases: list[Bias] = field(default_factory=list)
@@ -71,14 +89,14 @@ class AttentionScores:
     def cap(self) -> None:
         self.softcap, self.after_cap, self.scale = abs(self.scale), self.scale, 1.0
 
-    def refuses(self, added: MaskFormula | Bias, dtype: torch.dtype) -> str | None:
-        """Why what is added here, to scores of this dtype, can't be part of the formula."""
+    def why_not(self, added: MaskFormula | Bias) -> str | None:
+        """Why what is added here can't be part of the formula."""
         if isinstance(added, Bias):
             return None
         if self.softcap is not None:
             return "scores are capped after they were masked"
-        stays_low = self.scale <= 1 and torch.finfo(dtype).min * self.scale < _LOW
-        if self.scale <= 0 or not (added.minus_inf or stays_low):
+        is_low = not self.grows and (self.scale == 1 or added.depth * self.scale > _DEPTH)
+        if self.scale <= 0 or not (added.minus_inf or is_low):
             return "scores are scaled after they were masked"
         return None
 
@@ -86,7 +104,11 @@ class AttentionScores:
         if isinstance(added, Bias):
             self.biases.append(replace(added, factor=added.factor * self.scale * self.after_cap))
         else:
-            self.masks.append(added)
+            self.masks.append(replace(added, depth=added.depth * self.scale))
+
+    def multiply(self, factor: float) -> None:
+        self.scale *= factor
+        self.grows |= abs(factor) > 1
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,7 @@ class _Masking:
     kept: fx.Node
     condition: fx.Node
     negated: bool
-    minus_inf: bool
+    depth: float
 
 
 def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsupported:
@@ -123,13 +145,21 @@ def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsuppor
         step = (_read_baddbmm if is_product else _read_step)(node, analysis)
         if isinstance(step, Unsupported):
             return step
+        if (
+            not is_product
+            and not regroups_heads(node, analysis)
+            and lead(node, analysis) != lead(step.scores, analysis)
+        ):
+            return Unsupported(
+                "row_layout", node, "something gives scores heads or rows that queries don't have"
+            )
         for term in step.added:
-            refusal = read.refuses(term, val(node).dtype)
+            refusal = read.why_not(term)
             if refusal is not None:
                 return Unsupported("finite_mask", node, refusal)
             read.add(term)
         read.product = step.scores
-        read.scale *= step.factor
+        read.multiply(step.factor)
         if is_product:
             break
     return read
@@ -160,7 +190,7 @@ def lead(scores: fx.Node, analysis: Analysis) -> tuple[Dim, ...]:
 
 
 # What no score comes near: the lowest number may be divided and still masks.
-_LOW = -1e30
+_DEPTH = 1e30
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _CASTS = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
@@ -180,7 +210,7 @@ def _read_step(node: fx.Node, analysis: Analysis) -> _Step | Unsupported:
     if target in _MULTIPLICATIONS | _DIVISIONS:
         is_first = is_scores(args[0], analysis)
         number = _constant(args[1], node) if is_first else None
-        if number is not None:
+        if number is not None and (number or target in _MULTIPLICATIONS):
             return _Step(args[0], number if target in _MULTIPLICATIONS else 1 / number)
         number = _constant(args[0], node) if target in _MULTIPLICATIONS else None
         if number is not None:
@@ -226,6 +256,9 @@ def read_added(
         text = "a bias computed from activations or parameters is added to the scores"
         return Unsupported("mask_not_understood", user, text)
     mask = read_additive(added, alone=False, lead=lead(scores, analysis))
+    if isinstance(mask, MaskFormula) and mask.depth < -lowest(val(user).dtype):
+        text = f"the mask's lowest number, {-mask.depth:g}, is one that scores may have"
+        mask = Unsupported("finite_mask", user, text, "mask with torch.finfo(dtype).min or -inf")
     is_read = not isinstance(mask, Unsupported) and mask.data is None
     bias = None if is_read else _as_bias(added, scores, analysis)
     if bias is not None:
@@ -249,7 +282,11 @@ def read_added(
 def _as_bias(added: fx.Node, scores: fx.Node, analysis: Analysis) -> Bias | None:
     """What is added, if it is a number for each key, the same for all queries."""
     sizes, value = shape(added), val(added)
-    is_of_keys = len(sizes) > 0 and not is_one(sizes[-1]) and all(map(is_one, sizes[-2:-1]))
+    is_of_keys = (
+        0 < len(sizes) <= len(lead(scores, analysis)) + 2
+        and not is_one(sizes[-1])
+        and all(map(is_one, sizes[-2:-1]))
+    )
     if not (value.dtype.is_floating_point and is_of_keys):
         return None
     reader = MaskReader(added.graph)
@@ -272,9 +309,9 @@ def _as_masking(node: fx.Node) -> _Masking | None:
     else:
         return None
     for kept, condition, negated, value in choices:
-        minus_inf = _is_masked_value(value, node)
-        if minus_inf is not None and isinstance(kept, fx.Node):
-            return _Masking(kept, condition, negated, minus_inf)
+        number = _constant(value, node)
+        if number is not None and number <= lowest(val(node).dtype) and isinstance(kept, fx.Node):
+            return _Masking(kept, condition, negated, -number)
     return None
 
 
@@ -284,7 +321,7 @@ def _read_condition(masking: _Masking, scores: fx.Node, analysis: Analysis) -> M
         text = "the attention mask is computed from activations or parameters"
         return Unsupported("mask_not_understood", condition, text)
     found = read_allowed(condition, negated=masking.negated, alone=False, lead=lead(scores, analysis))
-    return found if isinstance(found, Unsupported) else replace(found, minus_inf=masking.minus_inf)
+    return found if isinstance(found, Unsupported) else replace(found, depth=masking.depth)
 
 
 def _constant(x: Any, user: fx.Node) -> float | None:
@@ -296,13 +333,3 @@ def _constant(x: Any, user: fx.Node) -> float | None:
     reader = MaskReader(user.graph)
     found = reader.read_final(x).expr
     return float(found.value) if isinstance(found, Const) and reader.stale is None else None
-
-
-def _is_masked_value(value: Any, node: fx.Node) -> bool | None:
-    """True for -inf, False for the `lowest` finite number of the scores' dtype, None for anything else (a bias)."""
-    number = _constant(value, node)
-    if number is None:
-        return None
-    if number == -math.inf:
-        return True
-    return False if number <= lowest(val(node).dtype) else None

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from .attention_match import AttentionMatch
-from .graph import is_mode_switch, val
+from .graph import is_mode_switch
 from .layout import KEY, POSITION, ROW, Dim
 from .lower_late import LateSide
 from .lower_packed import PackedSide
@@ -196,7 +196,7 @@ class Lowering:
             for node in self.data_masks
         ]
         biases = [
-            (self.column_result(bias.node), bias.dims, bias.limit(val(m.node).dtype))
+            (self.column_result(bias.node), bias.dims, bias.limit)
             for m in self.matches.values()
             for bias in m.biases
         ]

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from .attention_scores import summands
 from .graph import aten, bound_args, node_arg, val
 from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
 from .packed_graphs import Input
 from .rules import PROLOGUE, STREAM
-
-# Kernels want head sizes that are multiples of it.
-_ALIGNMENT = 8
 
 if TYPE_CHECKING:
     from .attention_match import AttentionMatch
@@ -207,45 +205,48 @@ class PackedSide:
         out.meta["layouts"] = None
         return self.graph.call_function(aten.reshape.default, (out, outcome.layout.packed_shape()))
 
-    def _with_biases(self, match: AttentionMatch, *qkv: fx.Node) -> list[fx.Node]:
-        """q, k, v with eight or more further entries of queries and keys: any engine adds the biases.
+    def _with_biases(self, match: AttentionMatch, q: fx.Node, k: fx.Node, v: fx.Node) -> list[fx.Node]:
+        """q, k, v with further entries of queries and keys, so that any engine adds the biases.
 
-        `scale * q·k + bias = scale * [q, one]·[k, bias / (scale * one)]`, and each query head has its key head.
+        `scale * q·k + bias = scale * [q, one]·[k, bias / (scale * one)]`; where heads differ, each has its own keys.
         """
         call = self.graph.call_function
         dtype = val(match.node).dtype
-        one = float(torch.tensor(1 / match.scale, dtype=dtype))
+        one = float(torch.tensor(1 / match.scale, dtype=dtype if dtype == torch.float64 else torch.bfloat16))
+        if match.heads_per_key > 1 and any(bias.differs_by_head for bias in match.biases):
+            k, v = (call(aten.repeat_interleave.self_int, (x, match.heads_per_key, 1)) for x in (k, v))
+        heads = call(aten.sym_size.int, (k, 1))
         entries: list[fx.Node] = []
         for bias in match.biases:
+            column = self.packed_column(bias.node, bias.dims)
+            if bias.differs_by_head:
+                column = call(aten.expand.default, (column, [*bias.heads, 1, -1]))
             column = call(
-                aten.expand.default, (self.packed_column(bias.node, bias.dims), [*bias.heads, 1, -1])
+                aten.reshape.default,
+                (column, [1, math.prod(bias.heads) if bias.differs_by_head else 1, -1, 1]),
             )
-            column = call(aten.reshape.default, (column, [1, math.prod(bias.heads), -1, 1]))
-            wide = torch.promote_types(val(bias.node).dtype, dtype)
-            entries += self._summands(column, wide, bias.factor / (match.scale * one), dtype)
-        q, k, v = qkv
-        if match.heads_per_key > 1:
-            k, v = (call(aten.repeat_interleave.self_int, (x, match.heads_per_key, 1)) for x in (k, v))
-        rest = -len(entries) % _ALIGNMENT
-        q = call(aten.constant_pad_nd.default, (q, [0, len(entries) + rest], one))
+            column = call(aten.expand.default, (column, [1, heads, -1, 1]))
+            entries += self._summands(column, bias.factor / (match.scale * one), dtype)
+        rest = match.entries - len(entries)
+        q = call(aten.constant_pad_nd.default, (q, [0, match.entries], one))
         k = call(aten.constant_pad_nd.default, (call(aten.cat.default, ([k, *entries], -1)), [0, rest], 0.0))
         return [q, k, v]
 
-    def _summands(self, x: fx.Node, wide: torch.dtype, factor: float, dtype: torch.dtype) -> list[fx.Node]:
-        """`x * factor` as a sum of numbers of `dtype`: of three in half precision, which would round one.
+    def _summands(self, x: fx.Node, factor: float, dtype: torch.dtype) -> list[fx.Node]:
+        """`x * factor` as a sum of numbers of `dtype`: of three bfloat16 ones, unless that is float64.
 
-        Bits are cut off, since a compiler may leave out casts to and fro.
+        So neither half precision rounds it, nor products of float32 that are computed in TF32 or bfloat16. Bits are cut
+        off, since a compiler may leave out casts to and fro.
         """
         call = self.graph.call_function
-        cut = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # of a float32's 23
-        wide = torch.float32 if cut else wide
-        rest = call(aten.mul.Tensor, (call(aten.to.dtype, (x, wide)), factor))
+        is_exact = dtype == torch.float64
+        rest = call(aten.to.dtype, (x, dtype if is_exact else torch.float32))
+        rest = call(aten.mul.Tensor, (rest, factor))
         parts = []
-        for _ in range(2 if cut else 0):
-            bits = call(aten.bitwise_and.Scalar, (call(aten.view.dtype, (rest, torch.int32)), -(1 << cut)))
-            part = call(aten.view.dtype, (bits, wide))
-            parts.append(part)
-            rest = call(aten.sub.Tensor, (rest, part))
+        for _ in range(summands(dtype) - 1):
+            bits = call(aten.bitwise_and.Scalar, (call(aten.view.dtype, (rest, torch.int32)), -(1 << 16)))
+            parts.append(call(aten.view.dtype, (bits, torch.float32)))
+            rest = call(aten.sub.Tensor, (rest, parts[-1]))
         return [call(aten.to.dtype, (part, dtype)) for part in (*parts, rest)]
 
     def _flat(self, column: fx.Node) -> fx.Node:

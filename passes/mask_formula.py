@@ -85,8 +85,8 @@ class MaskFormula:
             What the mask says besides isn't listed again in the other fields.
         data_additive: `data` is added to the scores (0 or the lowest value), not a condition.
         data_negated: `data` is true where attention is *not* allowed.
-        minus_inf: masked scores are minus infinity everywhere, not `finfo.min`. A query that is masked from
-            everything attends uniformly with `finfo.min`, and is NaN or zero with minus infinity.
+        depth: masked scores are at most minus this. A query that is masked from everything attends uniformly with
+            `finfo.min`, and is NaN or zero with minus infinity.
     """
 
     causal: bool = False
@@ -96,7 +96,11 @@ class MaskFormula:
     data: fx.Node | None = None
     data_additive: bool = False
     data_negated: bool = False
-    minus_inf: bool = True
+    depth: float = math.inf
+
+    @property
+    def minus_inf(self) -> bool:
+        return self.depth == math.inf
 
     @property
     def leaves(self) -> tuple[fx.Node, ...]:
@@ -134,7 +138,7 @@ def conjoin(*formulas: MaskFormula) -> MaskFormula | Unsupported:
         data=node,
         data_additive=additive,
         data_negated=negated,
-        minus_inf=all(f.minus_inf for f in formulas),
+        depth=min((f.depth for f in formulas), default=math.inf),
     )
 
 
@@ -189,7 +193,7 @@ def read_additive(
     if finite:
         found = f"the mask adds {finite[0]} to scores, which is neither 0, -inf nor the lowest {read.dtype}"
         return Unsupported("finite_mask", node, found, "mask with torch.finfo(dtype).min or -inf")
-    data = _as_data(MaskFormula(data=node, data_additive=True, minus_inf=False), node, lead)
+    data = _as_data(MaskFormula(data=node, data_additive=True, depth=-masks), node, lead)
     biases = [v for v in values if not isinstance(v, Const)]
     if biases:
         # numbers read per key or pair can only be checked as data; numbers per query or position are a bias (ALiBi)
@@ -199,8 +203,8 @@ def read_additive(
             if is_data
             else _unclear(node, "numbers that depend on query and key are added to the scores")
         )
-    minus_inf = all(v.value in (0, -math.inf) for v in values if isinstance(v, Const))
-    return _formula(reader, node, _unmasked(read), data, alone, minus_inf)
+    depth = min((-v.value for v in values if isinstance(v, Const) and v.value != 0), default=math.inf)
+    return _formula(reader, node, _unmasked(read), data, alone, depth)
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -250,7 +254,7 @@ def _formula(
     allowed: Expr,
     data: MaskFormula | Unsupported,
     alone: bool,
-    minus_inf: bool = True,
+    depth: float = math.inf,
 ) -> MaskFormula | Unsupported:
     """Name the terms of a condition; if one of them is data, the whole mask is `data`."""
     terms = conjuncts(allowed)
@@ -262,7 +266,7 @@ def _formula(
         if isinstance(atom, Unsupported):
             return atom
         atoms.append(atom)
-    formula = conjoin(MaskFormula(minus_inf=minus_inf), *atoms)
+    formula = conjoin(MaskFormula(depth=depth), *atoms)
     return require_causal(formula, node) if alone else formula
 
 

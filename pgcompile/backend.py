@@ -117,7 +117,7 @@ def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
     report.seconds = dict(compilation.seconds)
     for match in compilation.matches:
         out = match.node.meta["val"]  # autocast may give it another dtype than q
-        size = max(match.q.meta["val"].shape[-1], out.shape[-1])
+        size = max(match.q.meta["val"].shape[-1] + match.entries, out.shape[-1])
         scores = Scores(match.scale, match.softcap)
         engine, why = choose_for_heads(options.engine, out.device, out.dtype, size, scores)
         report.attention.append(

@@ -19,13 +19,12 @@ from .passes.layout import POSITION, ROW, Dim
 from .passes.mask_formula import lowest
 from .passes.packed_graphs import PackedGraphs, ResultRef
 
-# What may be wrong with a query's row of a mask that is data, or with a key's bias.
+# What may be wrong with a query's row of a mask that is data.
 MASK_PROBLEMS = (
     "",
     "the mask that was given is not causal with padding",
     "the mask that was given differs between heads",
     "the mask that was given adds numbers other than 0 and minus infinity",
-    "a bias of the scores is infinite, or so large that it might be meant as a mask",
 )
 
 
@@ -46,8 +45,8 @@ class Columns:
         valid: for each of `key_groups`, which keys are valid.
         changes: for each of `part_columns`, where a token's value isn't that of the token before it.
         droppable: tokens that nothing reads, apart from attention; None if they all may be read.
-        problems: for each mask that is data, what is wrong with each query's row, and for each bias, with each key's
-            numbers; an index into `MASK_PROBLEMS`.
+        problems: for each mask that is data, what is wrong with each query's row, an index into `MASK_PROBLEMS`.
+        excessive: for each bias of scores, where a token's numbers are infinite or too large.
     """
 
     keys: list[Any]
@@ -55,15 +54,19 @@ class Columns:
     changes: list[Any]
     droppable: Any | None
     problems: list[Any]
+    excessive: list[Any]
 
     def on_host(self) -> Columns:
         """Views on the CPU, one copy from a device."""
         flags = [] if self.droppable is None else [self.droppable]
-        host = iter(_to_host([*self.keys, *self.problems, *self.valid, *self.changes, *flags]))
+        host = iter(
+            _to_host([*self.keys, *self.problems, *self.valid, *self.changes, *self.excessive, *flags])
+        )
         keys, problems = list(islice(host, len(self.keys))), list(islice(host, len(self.problems)))
         booleans = (column.astype(bool) for column in host)
         valid, changes = list(islice(booleans, len(self.valid))), list(islice(booleans, len(self.changes)))
-        return Columns(keys, valid, changes, next(booleans, None), problems)
+        excessive = list(islice(booleans, len(self.excessive)))
+        return Columns(keys, valid, changes, next(booleans, None), problems, excessive)
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def read_columns(
     droppable = _unread(graphs, results, n, s, keys[0].device) if graphs.can_drop_padding and groups else None
     changes = [_changes(results[i].expand(n, s)) for i in part_columns(graphs)]
     problems = [problem for _, problem in read]
-    problems += [_bias_problem(results[i].detach(), dims, limit, n, s) for i, dims, limit in graphs.biases]
-    columns = Columns([*data_valid, *keys], valid, changes, droppable, problems)
+    excessive = [_excessive(results[i].detach(), dims, limit, n, s) for i, dims, limit in graphs.biases]
+    columns = Columns([*data_valid, *keys], valid, changes, droppable, problems, excessive)
     return columns, wide, data_valid
 
 
@@ -183,7 +186,8 @@ def fingerprint(bits: Tensor) -> Tensor:
     bits = bits.to(torch.int64)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (bits.shape[-1],), generator=generator).to(bits.device) * 2 + 1
-    return (bits * odd).sum(-1)
+    mixed = bits * odd
+    return (mixed ^ (mixed >> 32)).sum(-1)  # mixed, else two signs that differ would add up to 2**64
 
 
 def _to_host(columns: list[Tensor]) -> list[np.ndarray]:
@@ -236,10 +240,9 @@ def select_map(token_map: Tensor, selection: Any, results: Sequence[Tensor], gra
     return target(parent, *tree_map(lambda a: results[a.index] if isinstance(a, ResultRef) else a, args))
 
 
-def _bias_problem(bias: Tensor, dims: tuple[Dim, ...], limit: float, n: int, s: int) -> Tensor:
-    """What is wrong with the numbers that are added to each key's scores, int8 [N, S]."""
-    is_wrong = rows_first(~(bias.abs() <= limit), dims, n, s)
-    return is_wrong.reshape(n, s, -1).any(-1).to(torch.int8) * 4
+def _excessive(bias: Tensor, dims: tuple[Dim, ...], limit: float, n: int, s: int) -> Tensor:
+    """bool [N, S]: where one of the numbers that are added to a key's scores is larger than the limit, or NaN."""
+    return rows_first(~(bias.abs() <= limit), dims, n, s).reshape(n, s, -1).any(-1)
 
 
 def _read_data_mask(mask: Tensor, additive: bool, negated: bool, n: int, s: int) -> tuple[Tensor, Tensor]:

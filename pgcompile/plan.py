@@ -168,6 +168,9 @@ Holes = dict[tuple[int, ...], np.ndarray]  # by key group, bool [N, S]: kept tok
 def _refuse_masks(graphs: PackedGraphs, columns: Columns, kept: np.ndarray, holes: Holes) -> None:
     """Raise DenseCall if a kept token's row of a mask that is data is no row of causal and padding, or if a kept token
     is masked from everything: softmax would attend to all keys, later ones included."""
+    if any(column.any() for column in columns.excessive):  # dropped ones, too: nothing masks a NaN
+        text = "a bias of the scores is infinite, or so large that it might be meant as a mask"
+        raise DenseCall("mask_not_understood", text)
     for problem in columns.problems:
         found = int((problem * kept).max())
         if found:

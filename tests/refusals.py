@@ -1506,11 +1506,99 @@ def bias_of_keys_written_behind_the_mask(m, q, k, v, ids, mask):
 
 
 @attention(
-    either(*BOTH, *NOT_CAUSAL),
-    inputs=lambda batch: (torch.randn(1, HEADS, 1, LONGEST, dtype=torch.float64).requires_grad_(),),
+    PACKS,
+    inputs=lambda batch: (
+        torch.randn(1, HEADS, 1, batch.input_ids.shape[1], dtype=torch.float64).requires_grad_(),
+    ),
 )
 def bias_of_keys_with_gradient(m, q, k, v, ids, mask, bias):
-    scores = scores_of(q, k) + bias[..., : q.shape[-2]]
+    scores = scores_of(q, k) + bias
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(PACKS, module=lambda: nn.Linear(1, HEADS, bias=False))
+def bias_of_keys_with_sinks(m, q, k, v, ids, mask):
+    joined = _with_sinks(q, k, m.extra.weight[None, :, :, None], slopes() * indices(k))
+    return joined.softmax(-1)[..., :-1] @ v
+
+
+@attention(PACKS)
+def bias_of_keys_that_groups_of_heads_share(m, q, k, v, ids, mask):
+    k, v = (x[:, ::2].repeat_interleave(2, 1) for x in (k, v))
+    additive = torch.where(causal_mask(q.shape[-2]), 0.0, -torch.inf) + slopes() * indices(k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive)
+
+
+@attention(PACKS)
+def bias_of_keys_without_heads_that_groups_share(m, q, k, v, ids, mask):
+    k, v = (x[:, ::2].repeat_interleave(2, 1) for x in (k, v))
+    additive = torch.where(causal_mask(q.shape[-2]), 0.0, -torch.inf) + 0.3 * indices(k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive)
+
+
+def half_precision_mask(allowed):
+    return torch.zeros(allowed.shape, dtype=torch.float16).masked_fill(~allowed, -65504)
+
+
+@attention(refused("finite_mask", *NOT_CAUSAL))
+def lowest_of_a_smaller_type_scaled_down(m, q, k, v, ids, mask):
+    return ((scores_of(q, k) + half_precision_mask(causal_mask(q.shape[-2]))) / 20000).softmax(-1) @ v
+
+
+@attention(refused("finite_mask", *NOT_CAUSAL))
+def lowest_of_a_smaller_type_below_a_bias(m, q, k, v, ids, mask):
+    scores = scores_of(q, k) + half_precision_mask(causal_mask(q.shape[-2])) + indices(k) * 1e5
+    return scores.softmax(-1) @ v
+
+
+@attention(refused("finite_mask", *NOT_CAUSAL))
+def lowest_scaled_down_below_a_bias(m, q, k, v, ids, mask):
+    scores = (q @ k.mT * 1e150).masked_fill(~causal_mask(q.shape[-2]), torch.finfo(q.dtype).min) * 1e-150
+    return (scores + indices(k) * 1e160).softmax(-1) @ v
+
+
+@attention(refused("finite_mask", *NOT_CAUSAL), padding="left")
+def lowest_scaled_up_and_down(m, q, k, v, ids, mask):
+    """It overflows: padding, which sees nothing, is NaN."""
+    allowed = causal_mask(q.shape[-2]) & mask[:, None, None].bool()
+    return (scores_of(q, k).masked_fill(~allowed, torch.finfo(q.dtype).min) * 4 / 4).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def bias_of_keys_of_another_rank(m, q, k, v, ids, mask):
+    scores = q[:, 0] @ k[:, 0].mT + indices(k)[None, None, None]
+    weights = scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+    return (weights @ v[:, 0])[0, :, None].expand_as(v)
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def bias_of_keys_that_makes_heads(m, q, k, v, ids, mask):
+    scores = scores_of(q[:, :1], k[:, :1]) + slopes() * indices(k)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v[:, :1]
+
+
+@attention(
+    refused(*NOT_CAUSAL),
+    padding="right",
+    inputs=lambda batch: (batch.attention_mask.double().log() * 0,),
+)
+def bias_of_keys_that_is_nan_at_padding(m, q, k, v, ids, mask, bias):
+    """What is dropped isn't harmless: every query of such a row adds it to a masked score."""
+    allowed = causal_mask(q.shape[-2]) & mask[:, None, None].bool()
+    return (scores_of(q, k).masked_fill(~allowed, float("-inf")) + bias[:, None, None]).softmax(-1) @ v
+
+
+def signs(batch):
+    rows, positions = batch.input_ids.shape
+    return (
+        torch.ones(rows, HEADS, 1, positions).double() * (-1.0) ** torch.arange(rows)[:, None, None, None],
+    )
+
+
+@attention(PACKS, inputs=signs)
+def bias_of_keys_of_opposite_signs(m, q, k, v, ids, mask, bias):
+    """Flipping the sign bits of two entries must change a token's fingerprint."""
+    scores = scores_of(q, k) + bias
     return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
 
 
@@ -1557,8 +1645,9 @@ def scores_less_the_maximum_over_queries(m, q, k, v, ids, mask):
     return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
 
 
-def _with_sinks(q, k, sinks):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+def _with_sinks(q, k, sinks, bias=None):
+    scores = scores_of(q, k) if bias is None else scores_of(q, k) + bias
+    scores = scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
     return torch.cat([scores, sinks.expand(q.shape[0], -1, q.shape[-2], 1)], -1)
 
 

@@ -451,7 +451,7 @@ def test_parts_of_a_mask_need_not_be_causal(mode):
     part = check(padding, "key_padding(p_1)", mode, alone=False)
     assert_refused(read(padding, mode), "not_causal")
     assert_refused(require_causal(conjoin(part), None), "not_causal")
-    whole = conjoin(CAUSAL, part, replace(CAUSAL, window=4, minus_inf=False), replace(CAUSAL, window=2))
+    whole = conjoin(CAUSAL, part, replace(CAUSAL, window=4, depth=1e38), replace(CAUSAL, window=2))
     assert whole.describe() == "causal ∧ window(2) ∧ key_padding(p_1)" and not whole.minus_inf
     assert require_causal(whole, None) is whole
 

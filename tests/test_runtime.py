@@ -480,14 +480,15 @@ def test_a_number_of_the_module_when_everything_is_dynamic():
 class KeyBias(nn.Module):
     """One attention whose scores get `bias`, broadcast to [N, H, S, S], in float32."""
 
-    def __init__(self, dtype=torch.float64):
+    def __init__(self, dtype=torch.float64, scale=0.3):
         super().__init__()
+        self.scale = scale
         self.embed, self.head = nn.Embedding(31, 32, dtype=dtype), nn.Linear(32, 31, dtype=dtype)
 
     def forward(self, ids, bias):
         q = self.embed(ids).unflatten(-1, (4, 8)).transpose(1, 2)
         s = torch.arange(ids.shape[1])
-        scores = (q @ q.mT * 0.3).to(torch.promote_types(q.dtype, torch.float32)) + bias
+        scores = (q @ q.mT * self.scale).to(torch.promote_types(q.dtype, torch.float32)) + bias
         weights = scores.masked_fill(s[:, None] < s, -torch.inf).softmax(-1)
         return self.head((weights.to(q.dtype) @ q).transpose(1, 2).flatten(2))
 
@@ -506,6 +507,49 @@ def test_a_bias_of_keys_is_not_rounded(dtype):
     assert pgcompile.stats().packed == 1
 
 
+def errors_with_bias(dtype, bias, scale=0.3, engine="auto"):
+    """Of eager, and of ours."""
+    model, ids = KeyBias(scale=scale), batch_of().input_ids
+    low = KeyBias(dtype, scale)
+    low.load_state_dict({name: value.to(dtype) for name, value in model.state_dict().items()})
+    model.load_state_dict({name: value.double() for name, value in low.state_dict().items()})
+    truth = model(ids, bias.double())
+    fast = compiled(low, {"engine": engine})
+    return [
+        float(((out - truth).norm() / truth.norm()).detach()) for out in (low(ids, bias), fast(ids, bias))
+    ]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e8])
+def test_a_bias_next_to_a_scale_whose_inverse_is_no_half_precision_number(scale, caplog):
+    eager, ours = errors_with_bias(torch.float16, torch.randn(4, 1, BATCH["positions"]), scale)
+    assert ours <= 2 * eager or eager != eager
+    assert "internal_error" not in caplog.text
+
+
+def test_a_bias_that_overflows_once_it_is_divided_by_the_scale():
+    eager, ours = errors_with_bias(torch.float32, torch.randn(4, 1, BATCH["positions"]) * 1e37, 1e-3)
+    assert ours <= 2 * eager
+
+
+def test_a_bias_of_higher_precision_than_queries_and_keys():
+    """Eager adds it to float64 scores."""
+    bias = torch.randn(4, 1, BATCH["positions"], dtype=torch.float64) + 1e6
+    eager, ours = errors_with_bias(torch.float32, bias)
+    assert ours <= 10 * eager
+
+
+def test_a_bias_where_products_are_rounded():
+    """`set_float32_matmul_precision` is about products; what eager adds isn't rounded."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        bias = torch.randn(4, 1, BATCH["positions"]) + 3000
+        eager, ours = errors_with_bias(torch.float32, bias, engine="reference")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert ours <= 2 * eager
+
+
 @pytest.mark.parametrize("number", [-torch.inf, torch.finfo(torch.float32).min, torch.nan])
 def test_a_bias_that_may_be_a_mask_runs_dense(number, caplog):
     model, ids = KeyBias(), batch_of().input_ids
@@ -514,7 +558,7 @@ def test_a_bias_that_may_be_a_mask_runs_dense(number, caplog):
     assert torch.allclose(fast(ids, bias), model(ids, bias))
     assert pgcompile.stats().packed == 1 and "a bias of the scores" not in caplog.text
     bias[0, ..., -1] = number
-    assert torch.equal(fast(ids, bias), model(ids, bias)) or number != number
+    assert torch.allclose(fast(ids, bias), model(ids, bias), rtol=0, atol=0, equal_nan=True)
     assert pgcompile.stats().dense == 1 and "a bias of the scores is infinite" in caplog.text
 
 

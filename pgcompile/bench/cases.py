@@ -126,7 +126,7 @@ class Batch:
         length = tokens // rows
         ids = self.ids.new_zeros(tokens).index_put((self.class_of[self.mask],), self.ids[self.mask])
         ids = ids[: rows * length].view(rows, length)
-        answers = min(max(1, predictions // rows), length - 1)
+        answers = max(1, min(predictions // rows, length - 1))
         weights = self.weights.new_full((rows, answers), 1 / (rows * answers))
         classes = torch.arange(ids.numel(), device=ids.device).view_as(ids)
         return Batch(ids, torch.ones_like(self.mask[:1, :1]).expand_as(ids), classes, weights)

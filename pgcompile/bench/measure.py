@@ -78,9 +78,11 @@ def measure(
                     setup = replace(
                         runner.setup, model=replace(model, compiled=model.alone), batch=batch.distinct()
                     )
-                    alone = Runner(runner.row, setup, chosen[runner.row.name].prepare(setup))
-                    _step(alone, phase)
-                    runner.row.ideal_bytes = _peak(alone, model, phase)
+                    alone = Runner(Row(runner.row.name), setup)
+                    with _judged(alone.row):
+                        alone.run = chosen[runner.row.name].prepare(setup)
+                        _step(alone, phase)
+                        runner.row.ideal_bytes = _peak(alone, model, phase)
     for repeat in range(repeats):
         for runner in runners:
             if runner.is_running:

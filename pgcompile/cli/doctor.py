@@ -15,7 +15,7 @@ from torch import nn
 import pgcompile
 
 from ..bench.machine import installed_version
-from ..calibration import calibration_file, read_speed
+from ..calibration import calibration_file, device_name, read_speed
 from ..engines import ENGINES
 from ..engines.choose import choose
 from ..options import Options
@@ -36,7 +36,7 @@ def doctor() -> None:
     for name in PACKAGES:
         table.add_row(name, installed_version(name) or "not installed")
     for device in _devices():
-        table.add_row(str(device), _device_name(device))
+        table.add_row(str(device), device_name(device))
         for dtype in (torch.float32, torch.bfloat16):
             table.add_row("", describe_engines(device, dtype))
             table.add_row("", _describe_calibration(device, dtype))
@@ -106,9 +106,3 @@ def _describe_calibration(device: torch.device, dtype: torch.dtype) -> str:
 
 def _devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads"
