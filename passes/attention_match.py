@@ -26,7 +26,7 @@ from .attention_scores import (
     summands,
 )
 from .graph import aten, bound_args, grad_mode, node_arg, same_size, shape, val
-from .layout import KEY, is_token_factor
+from .layout import KEY, plain_size
 from .mask_formula import CAUSAL, MaskFormula, conjoin, read_allowed, require_causal
 from .propagate import Analysis
 from .reasons import Unsupported
@@ -270,7 +270,7 @@ def _heads_refusal(match: AttentionMatch, analysis: Analysis) -> Unsupported | N
 
 def _head_dims(node: fx.Node, analysis: Analysis) -> list[int]:
     dims = analysis.values[node].layout.dims[:-2]
-    return [math.prod(f for f in dim if not is_token_factor(f)) for dim in dims]
+    return [plain_size(dim) for dim in dims]
 
 
 def _is_grouped(q: list[int], k: list[int]) -> bool:

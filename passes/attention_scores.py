@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .graph import aten, bound_args, node_arg, shape, val
-from .layout import KEY, POSITION, Dim, is_token_factor
+from .layout import KEY, POSITION, Dim, plain_size
 from .mask_expr import Const
 from .mask_formula import MaskFormula, lowest, read_additive, read_allowed
 from .mask_reader import MaskReader
@@ -36,7 +36,7 @@ class Bias:
     Args:
         node: prologue value that broadcasts to the scores; the same for all queries.
         dims: of `node`, aligned right to those of the scores; its keys are positions.
-        heads: of the scores, in each of their dims before those of queries and keys.
+        heads: of the scores, in each of their dims before those of queries and keys; 1 each if it is the same for all.
         factor: of the numbers.
         limit: of their size; checked at each call.
     """
@@ -49,7 +49,7 @@ class Bias:
 
     @property
     def differs_by_head(self) -> bool:
-        return any(not is_token_factor(f) for dim in self.dims for f in dim)
+        return any(size != 1 for size in self.heads)
 
     def limited(self, scale: float, dtype: torch.dtype, formula: MaskFormula) -> Bias:
         """With the limit up to which no sum or product overflows, and the bias is far from what masks.
@@ -294,10 +294,10 @@ def _as_bias(added: fx.Node, scores: fx.Node, analysis: Analysis) -> Bias | None
     if reader.stale is not None:
         return None
     first = lead(scores, analysis)
-    heads = (math.prod(f for f in dim if not is_token_factor(f)) for dim in first)
     aligned = (*first, (), (POSITION,))[-len(sizes) :]
-    dims = (() if is_one(size) else dim for size, dim in zip(sizes, aligned, strict=True))
-    return Bias(added, tuple(dims), tuple(heads))
+    dims = tuple(() if is_one(size) else dim for size, dim in zip(sizes, aligned, strict=True))
+    differs = any(plain_size(dim) != 1 for dim in dims)
+    return Bias(added, dims, tuple(plain_size(dim) if differs else 1 for dim in first))
 
 
 def _as_masking(node: fx.Node) -> _Masking | None:

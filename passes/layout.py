@@ -126,14 +126,16 @@ class TokenLayout:
             if self.packed_factor in dim or any(isinstance(f, Sorted) for f in dim):
                 shape.append(-1)
                 continue
-            size = 1
-            for f in dim:
-                size = size if is_token_factor(f) else size * f
-            shape.append(size)
+            shape.append(plain_size(dim))
         return shape
 
     def __str__(self) -> str:
         return "[" + ", ".join("·".join(str(f) for f in dim) or "1" for dim in self.dims) + "]"
+
+
+def plain_size(dim: Dim) -> Any:
+    """What a dim's factors that hold no tokens multiply to."""
+    return math.prod(f for f in dim if not is_token_factor(f))
 
 
 def plain(size: Any) -> Dim:

@@ -15,7 +15,7 @@ from torch import fx
 
 from .attention_scores import summands
 from .graph import aten, bound_args, node_arg, val
-from .layout import POSITION, ROW, Dim, TokenLayout, is_token_factor
+from .layout import POSITION, ROW, Dim, TokenLayout, plain_size
 from .packed_graphs import Input
 from .rules import PROLOGUE, STREAM
 
@@ -218,13 +218,10 @@ class PackedSide:
         heads = call(aten.sym_size.int, (k, 1))
         entries: list[fx.Node] = []
         for bias in match.biases:
-            column = self.packed_column(bias.node, bias.dims)
-            if bias.differs_by_head:
-                column = call(aten.expand.default, (column, [*bias.heads, 1, -1]))
             column = call(
-                aten.reshape.default,
-                (column, [1, math.prod(bias.heads) if bias.differs_by_head else 1, -1, 1]),
+                aten.expand.default, (self.packed_column(bias.node, bias.dims), [*bias.heads, 1, -1])
             )
+            column = call(aten.reshape.default, (column, [1, math.prod(bias.heads), -1, 1]))
             column = call(aten.expand.default, (column, [1, heads, -1, 1]))
             entries += self._summands(column, bias.factor / (match.scale * one), dtype)
         rest = match.entries - len(entries)
@@ -258,7 +255,7 @@ class PackedSide:
         if val(original).dtype != dtype:
             packed = self.graph.call_function(aten.to.dtype, (packed, dtype))
         dims = self.whole.analysis.values[original].layout.dims
-        heads = math.prod(f for dim in dims[:-2] for f in dim if not is_token_factor(f))
+        heads = math.prod(map(plain_size, dims[:-2]))
         is_key = original in {m.k for m in self.whole.matches.values() if m.k_transposed}
         width = dims[-2] if is_key and POSITION in dims[-1] else dims[-1]
         return self.graph.call_function(aten.reshape.default, (packed, [1, heads, -1, math.prod(width)]))

@@ -231,7 +231,7 @@ def _read_mask(reader: MaskReader, node: fx.Node, lead: Sequence[Dim] | None) ->
     sizes: dict[int, int] = {}
     places: list[Affine] = []
     for i, dim in enumerate(lead):
-        heads = math.prod(f for f in dim if not layout.is_token_factor(f))
+        heads = layout.plain_size(dim)
         if not any(map(layout.is_token_factor, dim)):
             places.append(Affine.dim(4 + i))  # a fresh index: heads, or a part of them
         elif dim[0] != layout.ROW or any(map(layout.is_token_factor, dim[1:])):

@@ -105,7 +105,7 @@ def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: 
     yardstick = None
     try:
         yardstick = Yardstick.of(model, batch, phase)
-    except Exception as error:
+    except Exception as error:  # no memory for the truth is an answer, anything else is raised
         if not is_out_of_memory(error):
             raise
     _free()

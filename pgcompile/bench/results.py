@@ -131,23 +131,11 @@ class Record:
 
     def memory_ratio(self, row: Row) -> float | None:
         """Of the leanest dense contestant's."""
-        leanest = self.leanest
-        if leanest is None or not leanest.peak_bytes or not row.peak_bytes or row.median is None:
-            return None
-        return row.peak_bytes / leanest.peak_bytes
+        return _peak_over(row, self.leanest.peak_bytes if self.leanest else None)
 
     def memory_overhead(self, row: Row) -> float | None:
         """Over what the leanest dense contestant needs for the distinct tokens; nothing for dense contestants."""
-        leanest = self.leanest
-        if (
-            row.is_dense
-            or leanest is None
-            or not leanest.ideal_bytes
-            or not row.peak_bytes
-            or row.median is None
-        ):
-            return None
-        return row.peak_bytes / leanest.ideal_bytes
+        return None if row.is_dense else _peak_over(row, self.leanest.ideal_bytes if self.leanest else None)
 
     def utilization(self, row: Row, rate: float | None) -> float | None:
         """Operations of what the contestant computes over what the device could do in that time (MFU)."""
@@ -163,6 +151,10 @@ class Record:
             self.case == _plain(asdict(case)) and self.settings == _plain(settings)
             and self.machine == _plain(machine) and set(names) <= {row.name for row in self.rows}
         )  # fmt: skip
+
+
+def _peak_over(row: Row, other: int | None) -> float | None:
+    return row.peak_bytes / other if row.median is not None and row.peak_bytes and other else None
 
 
 def _plain(value: Any) -> Any:
