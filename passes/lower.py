@@ -18,7 +18,8 @@ from .graph import is_mode_switch
 from .layout import KEY, POSITION, ROW, Dim
 from .lower_late import LateSide
 from .lower_packed import PackedSide
-from .mask_formula import Column, emit_column
+from .mask_columns import emit_column
+from .mask_formula import Column
 from .packed_graphs import MaskColumns, PackedGraphs
 from .padding import Guards
 from .propagate import Analysis, Value

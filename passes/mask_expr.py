@@ -6,7 +6,7 @@ Dims are followed by index; no size is ever compared to find out what a dim mean
 of each becomes a `Part` of the merged one, until another view splits that again.
 
 Every expression has the dtype that the original tensor had, and every cast is explicit, so that replaying an
-expression (`mask_formula.emit_column`) rounds and overflows as the original did. Constants are folded by torch itself.
+expression (`mask_columns.emit_column`) rounds and overflows as the original did. Constants are folded by torch itself.
 
 The constructors simplify: `where` with constant branches *is* a condition, and operations on constants move into its
 branches, so that `(1.0 - allowed.to(dtype)) * finfo.min` becomes `where(allowed, 0, finfo.min)` without a rule of

@@ -30,6 +30,7 @@ from .passes.checkpoint import without_compiler
 from .passes.packed_graphs import PackedGraphs
 from .passes.verify import fake_inputs as packed_inputs
 from .report import log
+from .symbolic import dynamic_size
 
 Bounds = tuple[float, float]
 
@@ -124,8 +125,8 @@ def _compile_packed(
         return Artifact(without_compiler(graphs.packed))
     env = ShapeEnv()
     # hints of what isn't known are odd and large: a size equal to another one could be taken for it
-    sizes = [_dynamic_size(env, "tokens", tokens), _dynamic_size(env, "scored", scored or 100019)]
-    segments = _dynamic_size(env, "segments", 100003)
+    sizes = [dynamic_size(env, "tokens", tokens), dynamic_size(env, "scored", scored or 100019)]
+    segments = dynamic_size(env, "segments", 100003)
     with FakeTensorMode(shape_env=env):
         inputs = packed_inputs(graphs, aten_gm, sizes[0], segments, sizes[1])
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
@@ -163,16 +164,6 @@ def _bounds(guard: Any, symbol: Any) -> Bounds | None:
             (float(sympy.floor(limit)) + 1, math.inf) if slope > 0 else (0.0, float(sympy.ceiling(limit)) - 1)
         )
     return (float(sympy.ceiling(limit)), math.inf) if slope > 0 else (0.0, float(sympy.floor(limit)))
-
-
-def _dynamic_size(env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
-    from torch._dynamo.source import ConstantSource
-
-    source = ConstantSource(f"num_{name}")
-    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-    size = env.create_symintnode(symbol, hint=hint, source=source)
-    assert isinstance(size, torch.SymInt)  # an int is for static sizes
-    return size
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

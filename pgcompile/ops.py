@@ -14,6 +14,7 @@ Shapes by suffix: T packed tokens, H query heads, K key heads, D size of a query
 value head, M copies (segments in `segments_M5`), V vocabulary, N entries per copy.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,6 +36,20 @@ SUM_ELEMENTS = 1 << 25
 # prefix_attention
 
 
+def without_autocast(operator: Callable) -> Callable:
+    """Engines choose the dtypes that they compute in; autocast, where a graph runs uncompiled, would choose others."""
+
+    @functools.wraps(operator)
+    def run(x: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return operator(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, *args)
+
+    return run
+
+
+@without_autocast
 def _prefix_attention(
     q_1HTD: Tensor,
     k_1KTD: Tensor,
@@ -168,6 +183,7 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
 
 
 @raises_engine_error
+@without_autocast
 def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv, dsinks) from out and lse, which follow the sinks in the forward's arguments.
 

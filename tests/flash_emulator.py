@@ -1,11 +1,13 @@
-"""ATen's variable-length flash attention for CPU tensors, spelled out, with the demands of the CUDA kernels.
+"""Variable-length flash attention, ATen's and flash-attn's, for CPU tensors: spelled out, with the kernels' demands.
 
-Registered for the operators themselves, so that calls go through their schemas: an argument in the wrong place fails.
-Demands and results as in PyTorch's flash_api.cpp. Unlike the kernels it takes float32 and float64, for exact tests.
+ATen's is registered for the operators themselves, so that calls go through their schemas: an argument in the wrong
+place fails; flash-attn's is a package with functions of the same parameters. Demands and results as in PyTorch's
+flash_api.cpp. Unlike the kernels they take float32 and float64, for exact tests.
 """
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +25,47 @@ class Log:
     backward: list[tuple[int, int, tuple[int, int]]] = dataclasses.field(default_factory=list)
 
 
+def flash_attn_package(log: Log, version: str) -> dict[str, types.ModuleType]:
+    """What `import flash_attn` and its interface find, by name."""
+
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    ):  # fmt: skip
+        assert alibi_slopes is None
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        options = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        out, lse, *_ = _forward(
+            log, q, k, v, *lengths, dropout_p, causal, return_softmax, scale=softmax_scale, softcap=softcap,
+            **options,
+        )  # fmt: skip
+        return out, lse, q.new_empty(0), q.new_empty(2)
+
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert alibi_slopes is None and isinstance(deterministic, bool)
+        assert all(x.is_contiguous() for x in (dq, dk, dv))
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        options = {"window_size_left": window_size_left, "window_size_right": window_size_right}
+        grads = _backward(
+            log, dout, q, k, v, out, softmax_lse, *lengths, dropout_p, causal, None, None,
+            scale=softmax_scale, softcap=softcap, **options,
+        )  # fmt: skip
+        for into, grad in zip((dq, dk, dv), grads, strict=True):
+            into.copy_(grad)
+        return softmax_lse.clone()
+
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_varlen_forward = _flash_attn_varlen_forward
+    interface._flash_attn_varlen_backward = _flash_attn_varlen_backward
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_interface, package.__version__ = interface, version
+    return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
+
+
 @contextlib.contextmanager
 def flash_on_cpu() -> Iterator[Log]:
     log = Log()
@@ -34,14 +77,15 @@ def flash_on_cpu() -> Iterator[Log]:
 
 def _forward(
     log, q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
-    scale, window_size_left, window_size_right,
+    scale, window_size_left, window_size_right, softcap=0.0,
 ):  # fmt: skip
     assert dropout_p == 0 and not return_debug_mask
     visible = _visible(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, window_size_left, window_size_right)
     log.forward.append((len(visible), _pairs(visible), (window_size_left, window_size_right)))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_wide(q))
     for queries, keys, visible_LS in visible:
-        scores, values = _scores(q, k, queries, keys, scale, visible_LS), _heads(v, keys, q.shape[1])
+        scores = _scores(q, k, queries, keys, scale, softcap).masked_fill(~visible_LS, -INF)
+        values = _heads(v, keys, q.shape[1])
         lse_HL = scores.logsumexp(-1)
         out[queries] = (scores.softmax(-1).nan_to_num() @ values).transpose(0, 1).to(out.dtype)
         lse[:, queries] = lse_HL.masked_fill(lse_HL == -INF, INF)  # as in FlashAttention-2
@@ -51,7 +95,7 @@ def _forward(
 
 def _backward(
     log, grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *,
-    scale, window_size_left, window_size_right,
+    scale, window_size_left, window_size_right, softcap=0.0,
 ):  # fmt: skip
     assert dropout_p == 0 and lse.is_contiguous() and lse.shape == (q.shape[1], q.shape[0])
     assert lse.dtype == _wide(q) and out.shape == grad_out.shape == q.shape
@@ -64,9 +108,12 @@ def _backward(
             x[queries].to(_wide(q)).transpose(0, 1).contiguous() for x in (q, grad_out, out)
         )
         k_HSD, v_HSD = (_heads(x, keys, q.shape[1]) for x in (k, v))
-        p_HLS = (_scores(q, k, queries, keys, scale, visible_LS) - lse[:, queries, None]).exp()
+        scores = _scores(q, k, queries, keys, scale, softcap)
+        p_HLS = (scores.masked_fill(~visible_LS, -INF) - lse[:, queries, None]).exp()
         delta_HL1 = (dout_HLD * out_HLD).sum(-1, keepdim=True)
         dscore_HLS = p_HLS * (dout_HLD @ v_HSD.mT - delta_HL1) * scale
+        if softcap:
+            dscore_HLS = dscore_HLS * (1 - (scores / softcap) ** 2)
         dq[queries] = (dscore_HLS @ k_HSD).transpose(0, 1).to(dq.dtype)
         for into, grad_HSD in ((dk, dscore_HLS.mT @ q_HLD), (dv, p_HLS.mT @ dout_HLD)):
             by_key_head = grad_HSD.unflatten(0, (k.shape[1], -1)).sum(1)
@@ -106,9 +153,9 @@ def _pairs(visible: list[Sequence]) -> int:
     return sum(int(x.sum()) for _, _, x in visible)
 
 
-def _scores(q, k, queries: slice, keys: slice, scale: float, visible_LS: Tensor) -> Tensor:
-    q_HLD = q[queries].to(_wide(q)).transpose(0, 1)
-    return (q_HLD @ _heads(k, keys, q.shape[1]).mT * scale).masked_fill(~visible_LS, -INF)
+def _scores(q, k, queries: slice, keys: slice, scale: float, softcap: float) -> Tensor:
+    scores = q[queries].to(_wide(q)).transpose(0, 1) @ _heads(k, keys, q.shape[1]).mT * scale
+    return softcap * (scores / softcap).tanh() if softcap else scores
 
 
 def _heads(x: Tensor, keys: slice, heads: int) -> Tensor:

@@ -530,7 +530,9 @@ def test_an_interrupted_grid_keeps_its_cases(config, measured, tmp_path, monkeyp
 def test_files_are_shown_drawn_and_written_as_a_page(config, measured, tmp_path):
     file, picture, text = tmp_path / "r.json", tmp_path / "p.png", tmp_path / "p.md"
     notes = tmp_path / "notes.toml"
-    notes.write_text('[notes]\n"P=16 R=16 G=2" = "gathers | copies"\n')
+    notes.write_text(
+        '[notes]\n"P=32 R=8" = "no pattern"\n"P=16 R=1? *" = "gathers | copies"\n"P=16 *" = "second"\n'
+    )
     run("--device", "cpu", "--model", config, "--grid", "cpu", "--json", file)
     measured.clear()
     result = run("--plot", picture, "--markdown", text, "--notes", notes, file)

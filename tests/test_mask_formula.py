@@ -15,11 +15,11 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pgcompile.passes.graph import to_aten
+from pgcompile.passes.mask_columns import emit_column
 from pgcompile.passes.mask_expr import OPS, Affine, Const, Element, Index, Part
 from pgcompile.passes.mask_formula import (
     CAUSAL,
     conjoin,
-    emit_column,
     read_additive,
     read_allowed,
     require_causal,

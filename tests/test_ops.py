@@ -194,6 +194,22 @@ def test_attention_equals_brute_force(seed, shape, block, window, masked, monkey
     assert (lse == -INF).any() == (masked == "columns"), "the columns must leave some query without a key"
 
 
+def test_autocast_around_it_changes_nothing(engine):
+    tree = random_tree(1)
+    qkv = [x.float() for x in inputs(tree)]
+
+    def attention(*tensors):
+        with torch.autocast(home(engine).type, torch.bfloat16, enabled=around):
+            return attend(tree, *tensors, engine=engine)
+
+    found = []
+    for around in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            found.append(gradients(attention, qkv))
+    for a, e in zip(*found, strict=True):
+        assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 @pytest.mark.parametrize("masked", ["nothing", "columns"])
 def test_attention_with_scales_that_are_not_positive(scale, masked, engine):
@@ -362,12 +378,15 @@ def test_choose_names_engine_and_reason():
 def test_auto_takes_the_first_engine_that_can(device, capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    expected = "cpu" if device == "cpu" else "reference"
+    expected = (
+        "cpu" if device == "cpu" else "flex" if (device, dtype) == ("xpu", torch.bfloat16) else "reference"
+    )
     if device == "cuda" and capability >= triton.OLDEST_CAPABILITY and dtype == torch.bfloat16:
         expected = "triton"
     name, why = choose("auto", torch.device(device), dtype)
     assert name == expected
-    assert ("not triton" in why) == (name == "reference")
+    assert ("not triton" in why) == (name in ("flex", "reference"))
+    assert ("not flex" in why) == (name == "reference")
 
 
 def test_doctor_names_every_engine_and_why_it_cannot_run(monkeypatch):

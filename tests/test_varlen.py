@@ -1,12 +1,14 @@
 """The engine on variable-length flash attention, without a GPU: ATen's operators get an emulation for the CPU."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_emulator import flash_on_cpu
+from flash_emulator import Log, flash_attn_package, flash_on_cpu
 from harness import BACKEND, differences, random_tree_batch, run
-from pgcompile.engines import reference, varlen
+from pgcompile.engines import flash_kernels, reference, varlen
 from pgcompile.engines.contract import Scores, TreeMask
 from test_ops import (
     Tree,
@@ -28,8 +30,17 @@ WAYS = ("split", "gather")
 def log(monkeypatch):
     """Flash attention runs on the CPU, in any dtype."""
     monkeypatch.setattr(varlen, "why_not", lambda device, dtype: None)
+    with_package(monkeypatch, {"flash_attn": None})
     with flash_on_cpu() as log:
         yield log
+    flash_kernels.why_no_package.cache_clear()
+
+
+def with_package(monkeypatch, modules) -> None:
+    """With what `import flash_attn` finds; None, and the import fails."""
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    flash_kernels.why_no_package.cache_clear()
 
 
 @pytest.fixture(params=WAYS)
@@ -128,6 +139,30 @@ def test_calls_and_pairs(seed, way, log):
     assert len(log.forward) == len(log.backward) == expected
     for calls in (log.forward, log.backward):
         assert sum(pairs for _, pairs, _ in calls) == int((tree.depth + 1).sum())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", ["random 1", "comb", "many roots"])
+def test_capped_scores_run_on_the_package(name, window, way, log, monkeypatch):
+    """And without a cap, it isn't asked."""
+    package, tree = Log(), TREES[name]()
+    with_package(monkeypatch, flash_attn_package(package, "2.8.3"))
+    qkv = inputs(tree, heads=4, key_heads=2)
+    for softcap in (None, 0.3, 50.0):
+        assert_equal_to_brute_force(tree, qkv, softcap=softcap, window=window)
+        used, other = (log, package) if softcap is None else (package, log)
+        assert used.forward and used.backward and not other.forward and not other.backward
+        for calls in (log.forward, log.backward):
+            calls.clear()
+
+
+def test_a_package_that_is_too_old_is_not_called(log, monkeypatch):
+    assert "can't be imported" in varlen.why_not_heads(64, Scores(1.0, 5.0))
+    with_package(monkeypatch, flash_attn_package(Log(), "2.6.3"))
+    assert "flash-attn 2.6.3 is too old" in varlen.why_not_heads(64, Scores(1.0, 5.0))
+    assert varlen.why_not_heads(64, Scores(1.0)) is None
+    with_package(monkeypatch, flash_attn_package(Log(), "2.10.0.post1"))
+    assert varlen.why_not_heads(64, Scores(1.0, 5.0)) is None
 
 
 def test_windows_copy_what_they_need():
@@ -294,10 +329,10 @@ def test_the_operators_take_the_calls(window):
             q, grad_out, out = torch.empty(3, tree.tokens, 4, 16, dtype=torch.bfloat16)
             k, v = torch.empty(2, tree.tokens, 2, 16, dtype=torch.bfloat16)
             lse = torch.empty(tree.tokens, 4)
-        part, part_lse = varlen._forward(call, q, k, v, 0.5)
+        part, part_lse = flash_kernels.forward(call, q, k, v, Scores(0.5))
         assert part.shape == (queries, 4, 16) and part.dtype == torch.bfloat16
         assert part_lse.shape == (4, queries) and part_lse.dtype == torch.float32
-        dq, dk, dv = varlen._backward(call, [grad_out, q, k, v, out], lse, 0.5)
+        dq, dk, dv = flash_kernels.backward(call, [grad_out, q, k, v, out], lse, Scores(0.5))
         assert dq.shape == (queries, 4, 16) and dk.shape == dv.shape == (keys, 2, 16)
 
 

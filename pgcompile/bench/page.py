@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def page(records: Sequence[Record], notes: Mapping[str, str], command: str) -> s
     """A section for each machine, model and setting.
 
     Args:
-        notes: by case, why its efficiency is below 95%; "*" is for all others.
+        notes: by case, why its efficiency is below 95%; a key may be a pattern (`fnmatch`), the first that fits counts.
         command: that writes the page.
     """
     groups: dict[str, list[Record]] = {}
@@ -86,7 +87,7 @@ def _below(record: Record, notes: Mapping[str, str]) -> str | None:
     efficiency = None if row is None else record.efficiency(row)
     if efficiency is None or efficiency >= ENOUGH:
         return None
-    why = notes.get(record.name, notes.get("*", "not explained yet"))
+    why = next((text for case, text in notes.items() if fnmatchcase(record.name, case)), "not explained yet")
     return f"- {record.name}, {efficiency:.0%}: {why}"
 
 

@@ -10,7 +10,7 @@ An engine is a module with the functions of `contract.Engine`. It computes the f
 - `segments_M5` is in host memory, so that an engine can read it without waiting for the device.
 """
 
-from . import cpu, reference, triton, varlen
+from . import cpu, flex, reference, triton, varlen
 from .contract import Engine, Scores, TreeMask
 
 ENGINES: dict[str, Engine] = {
@@ -18,6 +18,7 @@ ENGINES: dict[str, Engine] = {
     "cpu": cpu,
     "varlen": varlen,
     "triton": triton,
+    "flex": flex,
 }
 
 __all__ = ["ENGINES", "Engine", "Scores", "TreeMask"]

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import ENGINES, Engine, Scores, TreeMask
 
 # What "auto" tries, in this order; reference can always run.
-AUTO = ("cpu", "varlen", "triton", "reference")
+AUTO = ("cpu", "varlen", "triton", "flex", "reference")
 
 
 def choose(engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:

@@ -75,7 +75,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             return "Triton's interpreter has no bfloat16"
     elif device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
-    elif torch.version.hip is None:
+    return why_no_triton(device)
+
+
+def why_no_triton(device: torch.device) -> str | None:
+    """What keeps Triton itself from compiling for a device."""
+    if device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
             return f"Triton needs compute capability {OLDEST_CAPABILITY}, the device has {capability}"

@@ -11,23 +11,18 @@ aligned at the bottom right, so that windows are the kernel's own.
 Both compute the same pairs; `calls` takes the way that moves fewer bytes. No call has an empty sequence: what a kernel
 returns for one differs between generations.
 
-The kernel is ATen's operator, because the public `torch.nn.attention.varlen.varlen_attn` has no backward that takes out
-and lse. It is FlashAttention-2, until `torch.nn.attention.activate_flash_attention_impl` puts FlashAttention-3 or 4 in
-its place: that is the user's choice for the whole process. dq is summed by atomics, unless
-`torch.use_deterministic_algorithms(True)` says otherwise, as in scaled_dot_product_attention.
+dq is summed by atomics, unless `torch.use_deterministic_algorithms(True)` says otherwise, as in
+scaled_dot_product_attention.
 
-Shapes by suffix as in reference.py, M segments, P segments on the longest path; within a call, L queries, S keys and B
-sequences.
+Shapes by suffix as in reference.py, M segments, P segments on the longest path; within a call as in flash_kernels.py.
 """
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import flash_kernels, reference
 from .contract import Scores, TreeMask
+from .flash_kernels import CAUSAL, EVERYTHING, Call, Tokens
 from .per_plan import once_per_plan, to_device
 from .split import merge_, result, with_positive_scale
 
@@ -37,11 +32,6 @@ MAX_SIZE = 256
 ALIGNMENT = 8
 MAX_SEQUENCES = 65535
 
-# Window sizes (left, right): tokens before and after the diagonal that a query sees, -1 for all.
-EVERYTHING = (-1, -1)
-CAUSAL = (-1, 0)
-
-Tokens = slice | Tensor
 Ranges = tuple[Tensor, Tensor]  # starts and lengths, int64 in host memory
 
 
@@ -54,14 +44,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
     q_1HTD, scale, _ = with_positive_scale(q_1HTD, scores.scale)
+    scores = scores._replace(scale=scale)
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     first, *levels = planned_calls(mask, q, k)
-    out_THE, lse_HT = _forward(first, q, k, v, scale)
+    out_THE, lse_HT = flash_kernels.forward(first, q, k, v, scores)
     lse_TH = lse_HT.t()
     if levels:
         out_THE = out_THE.to(reference.compute_dtype(q))
     for call in levels:
-        part_LHE, lse_HL = _forward(call, q, k, v, scale)
+        part_LHE, lse_HL = flash_kernels.forward(call, q, k, v, scores)
         part_LHE, at = part_LHE.to(out_THE.dtype), call.queries
         seen_LHE, seen_LH = out_THE[at], lse_TH[at]
         merge_(seen_LHE, seen_LH, part_LHE, lse_HL.t())
@@ -81,18 +72,19 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
     q_1HTD, scale, factor = with_positive_scale(q_1HTD, scores.scale)
+    scores = scores._replace(scale=scale)
     tensors = token_major(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE)
     q, k = tensors[1:3]
     lse_TH = lse_1HT[0].t()
     first, *levels = planned_calls(mask, q, k)
-    grads = list(_backward(first, tensors, lse_TH, scale))
+    grads = list(flash_kernels.backward(first, tensors, lse_TH, scores))
     if isinstance(first.keys, Tensor):  # keys were copied: the operator adds copies in a fixed order
         add_copies = torch.ops.pgcompile.gather_tokens_backward
         grads[1:] = [add_copies(grad, first.keys, k.shape[0]) for grad in grads[1:]]
     if levels:
         grads = [grad.to(reference.compute_dtype(q)) for grad in grads]
     for call in levels:
-        parts = _backward(call, tensors, lse_TH, scale)
+        parts = flash_kernels.backward(call, tensors, lse_TH, scores)
         for grad, tokens, part in zip(grads, (call.queries, call.keys, call.keys), parts, strict=True):
             _add(grad, tokens, part)
     if factor != 1:
@@ -123,9 +115,8 @@ def why_not_heads(size: int, scores: Scores) -> str | None:
     """See contract.Engine."""
     if size > MAX_SIZE:
         return f"flash attention has no kernel for heads of {size}"
-    if scores.softcap is not None:
-        return "PyTorch's flash attention doesn't cap scores"
-    return None
+    why_no_package = flash_kernels.why_no_package() if scores.softcap is not None else None
+    return why_no_package and f"PyTorch's flash attention doesn't cap scores, and {why_no_package}"
 
 
 def why_not_call(mask: TreeMask) -> str | None:
@@ -136,64 +127,6 @@ def why_not_call(mask: TreeMask) -> str | None:
     if mask.key_valid or mask.same_value:
         return "columns hide keys, and flash attention takes no mask"
     return None
-
-
-# -- one call of the kernel --------------------------------------------------------------------------------------------
-
-
-class Call(NamedTuple):
-    """B sequences of queries, and of keys, none of them empty.
-
-    Args:
-        queries: the packed tokens that ask, sequence after sequence; no token twice.
-        keys: those that are asked. In a path gather, a token once for each path that it is on.
-        cu_queries, cu_keys: int32 [B + 1] on the device, where sequences start among the queries (keys).
-        max_queries, max_keys: the longest sequence.
-        window_size: which keys a query sees, (left, right), from the bottom right corner.
-    """
-
-    queries: Tokens
-    keys: Tokens
-    cu_queries: Tensor
-    cu_keys: Tensor
-    max_queries: int
-    max_keys: int
-    window_size: tuple[int, int]
-
-    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
-        return self.cu_queries, self.cu_keys, self.max_queries, self.max_keys
-
-    def options(self, scale: float) -> dict[str, float | int]:
-        """Always with numbers: some generations take no None."""
-        left, right = self.window_size
-        return {"scale": scale, "window_size_left": left, "window_size_right": right}
-
-
-def _forward(call: Call, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """out `[L, H, D]` and lse `[H, L]`, natural logarithm, float32."""
-    out_LHD, lse_HL, *_ = torch.ops.aten._flash_attention_forward(
-        q_THD[call.queries], k_TKD[call.keys], v_TKD[call.keys], *call.lengths(),
-        0.0, call.window_size == CAUSAL, False, **call.options(scale),
-    )  # fmt: skip
-    return out_LHD, lse_HL
-
-
-def _backward(
-    call: Call, tensors: Sequence[Tensor], lse_TH: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq `[L, H, D]`, dk and dv `[S, K, D]`) of this call's pairs.
-
-    Args:
-        tensors: gradient of out, q, k, v, out: token-major, out over all keys of a query.
-        lse_TH: over all of them, too.
-    """
-    grad_out, q, k, v, out = tensors
-    random = q.new_empty(2, dtype=torch.uint64)  # the state of dropout, which is off: not read
-    return torch.ops.aten._flash_attention_backward(
-        grad_out[call.queries], q[call.queries], k[call.keys], v[call.keys], out[call.queries],
-        lse_TH[call.queries].t().contiguous(), *call.lengths(),
-        0.0, call.window_size == CAUSAL, random, random, **call.options(scale),
-    )  # fmt: skip
 
 
 def _add(into: Tensor, tokens: Tokens, part: Tensor) -> None:

@@ -241,6 +241,7 @@ def test_bit_equal_between_runs_when_algorithms_are_deterministic(engine, dtype)
 def test_no_engine_waits_for_the_device(engine, dtype):
     """The host plans ahead of the GPU: whatever synchronises raises."""
     tensors = inputs(batch("branching"), SHAPES["gqa"], dtype)
+    attend(batch("branching"), *tensors, engine)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         attend(batch("branching"), *tensors, engine)
