@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -429,6 +430,19 @@ def test_peak_memory_is_the_highest_level():
 
     step()
     assert 8000 <= machine.peak_memory(CPU, step) < 8100  # and some scalars
+
+
+def test_the_last_of_the_memory_is_refused_and_not_promised():
+    """Nothing is written to it; and afterwards, the limit is as before."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (free,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with machine.limited_memory():
+        torch.empty(free // 2, dtype=torch.uint8)
+        with pytest.raises(RuntimeError) as found:
+            torch.empty(free // 100 * 98, dtype=torch.uint8)
+    assert machine.is_out_of_memory(found.value)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

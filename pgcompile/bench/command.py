@@ -10,7 +10,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..files import write_atomically
 from . import calibrate
 from .cases import GRIDS, Case, group_case, tree_case
 from .contestants import CONTESTANTS, OURS
-from .machine import describe, keep_freed_memory
+from .machine import describe, keep_freed_memory, limited_memory
 from .measure import measure
 from .models import SIZES, Model, build_model, count_work
 from .page import page, read_notes
@@ -258,10 +258,11 @@ def _model_of(longest: int, given: dict[str, Any]) -> Iterator[Model]:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")  # of models, inductor and the profiler
     device = torch.device(given["device"])
-    if device.type == "cpu":
+    on_host = device.type == "cpu"
+    if on_host:
         keep_freed_memory()
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
+    with torch._dynamo.config.patch(recompile_limit=64), limited_memory() if on_host else nullcontext():
         yield build_model(given["model"], given["layers"], longest, DTYPES[given["dtype"]], device)
 
 

@@ -7,7 +7,8 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,35 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(trim_threshold, -1)
         libc.mallopt(mmap_max, 0)
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Within it, host memory that isn't there is refused, and is a contestant's failure.
+
+    Else Linux promises it, and kills the process when it is used.
+    """
+    import resource
+
+    before, hardest = resource.getrlimit(resource.RLIMIT_DATA)
+    ours, free = (
+        _kibibytes(*where) for where in (("/proc/self/status", "VmData"), ("/proc/meminfo", "MemAvailable"))
+    )
+    limits = [limit for limit in (before, hardest) if limit != resource.RLIM_INFINITY]
+    if ours is not None and free is not None:
+        limits.append(1024 * (ours + free * 19 // 20))  # the rest is for others
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits, default=before), hardest))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hardest))
+
+
+def _kibibytes(file: str, name: str) -> int | None:
+    """A line "name:  123 kB" of one of Linux's files; None where there is none."""
+    path = Path(file)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def peak_memory(device: torch.device, step: Callable[[], object]) -> int:
