@@ -34,10 +34,9 @@ def flash_attn_package(log: Log, version: str) -> dict[str, types.ModuleType]:
     ):  # fmt: skip
         assert alibi_slopes is None
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        options = {"window_size_left": window_size_left, "window_size_right": window_size_right}
         out, lse, *_ = _forward(
             log, q, k, v, *lengths, dropout_p, causal, return_softmax, scale=softmax_scale, softcap=softcap,
-            **options,
+            window_size_left=window_size_left, window_size_right=window_size_right,
         )  # fmt: skip
         return out, lse, q.new_empty(0), q.new_empty(2)
 
@@ -49,10 +48,10 @@ def flash_attn_package(log: Log, version: str) -> dict[str, types.ModuleType]:
         assert alibi_slopes is None and isinstance(deterministic, bool)
         assert all(x.is_contiguous() for x in (dq, dk, dv))
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        options = {"window_size_left": window_size_left, "window_size_right": window_size_right}
         grads = _backward(
             log, dout, q, k, v, out, softmax_lse, *lengths, dropout_p, causal, None, None,
-            scale=softmax_scale, softcap=softcap, **options,
+            scale=softmax_scale, softcap=softcap,
+            window_size_left=window_size_left, window_size_right=window_size_right,
         )  # fmt: skip
         for into, grad in zip((dq, dk, dv), grads, strict=True):
             into.copy_(grad)

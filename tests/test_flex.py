@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from harness import BACKEND, differences, random_tree_batch, run
 from pgcompile.engines import flex
-from pgcompile.engines.contract import Scores, TreeMask
-from test_ops import attend, brute_force, columns, gradients, inputs
-from trees import Tree, random_tree, tree_of_rows
+from pgcompile.engines.contract import Scores
+from test_ops import SAME_VALUE, assert_equals_brute_force, attend, columns, gradients, inputs, tree_mask
+from trees import random_tree, tree_of_rows
 from zoo.nano_gpt import NanoGPT
 
 CPU = torch.device("cpu")
@@ -33,18 +33,6 @@ def small_blocks(on_cpu, monkeypatch):
     monkeypatch.setattr(flex, "BLOCK", 4)
 
 
-def tree_mask(tree: Tree, window: int | None = None, key_valid=(), same_value=()) -> TreeMask:
-    return TreeMask(tree.subtree_end, tree.depth, tree.segments, key_valid, same_value, window)
-
-
-def assert_equals_brute_force(tree: Tree, qkv, **mask) -> None:
-    expected = gradients(lambda *x: brute_force(tree, *x, **mask), qkv)
-    actual = gradients(lambda *x: attend(tree, *x, **mask, engine="flex"), qkv)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
-    assert actual[0].transpose(1, 2).is_contiguous() and actual[1].is_contiguous()
-
-
 SHAPES = {
     "plain": {},
     "gqa": {"heads": 6, "key_heads": 2, "size": 20},
@@ -59,27 +47,20 @@ SHAPES = {
 def test_values_and_gradients_equal_brute_force(shape, window, masked, small_blocks):
     tree = random_tree(1)
     mask = {"window": window, **(columns(tree, 1) if masked == "columns" else {})}
-    assert_equals_brute_force(tree, inputs(tree, **SHAPES[shape]), **mask)
+    assert_equals_brute_force(tree, inputs(tree, **SHAPES[shape]), "flex", **mask)
 
 
 @pytest.mark.parametrize("scale, softcap", [(-0.7, None), (0.0, None), (0.5, 0.3), (2.0, 5.0)])
 def test_scales_and_caps(scale, softcap, small_blocks):
     tree = random_tree(2)
-    assert_equals_brute_force(tree, inputs(tree), scale=scale, softcap=softcap)
-
-
-SAME_VALUE = {
-    "large": lambda depth: (1 << 40) + depth // 3,
-    "bool": lambda depth: depth % 2 == 0,
-    "signed zeros": lambda depth: torch.where(depth % 2 == 0, -0.0, 0.0),
-    "nan": lambda depth: torch.where(depth % 3 == 0, torch.nan, 1.0),
-}
+    assert_equals_brute_force(tree, inputs(tree), "flex", scale=scale, softcap=softcap)
 
 
 @pytest.mark.parametrize("name", SAME_VALUE)
 def test_values_that_must_agree(name, small_blocks):
     tree = random_tree(0)
-    assert_equals_brute_force(tree, inputs(tree), same_value=[SAME_VALUE[name](tree.depth), tree.depth // 5])
+    values = [SAME_VALUE[name](tree.depth), tree.depth // 5]
+    assert_equals_brute_force(tree, inputs(tree), "flex", same_value=values)
 
 
 def test_one_graph_each_way_for_all_numbers_of_tokens(on_cpu, monkeypatch):
@@ -93,7 +74,7 @@ def test_one_graph_each_way_for_all_numbers_of_tokens(on_cpu, monkeypatch):
         [[0] * 128, [0] * 127 + [1]],
     ):
         tree = tree_of_rows(rows)
-        assert_equals_brute_force(tree, inputs(tree, heads=3, key_heads=3))
+        assert_equals_brute_force(tree, inputs(tree, heads=3, key_heads=3), "flex")
     assert len(graphs) == 2
 
 
@@ -205,7 +186,7 @@ def test_the_graphs_are_what_an_inner_compiler_takes(small_blocks, monkeypatch):
     for seed in (0, 1):
         tree = random_tree(seed)
         mask = {"window": 5, **columns(tree, seed)}
-        assert_equals_brute_force(tree, inputs(tree, heads=4), softcap=0.7, **mask)
+        assert_equals_brute_force(tree, inputs(tree, heads=4), "flex", softcap=0.7, **mask)
     assert len(flex._compiled) == 2
 
 

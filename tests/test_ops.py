@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from pgcompile import ops
 from pgcompile.cli.doctor import describe_engines
-from pgcompile.engines import ENGINES, cpu, reference, triton
+from pgcompile.engines import ENGINES, TreeMask, cpu, reference, triton
 from pgcompile.engines.choose import choose
 from trees import Tree, random_tree, tree_of_rows
 
@@ -93,6 +93,21 @@ def attend(
     return out.to(q.device), lse.to(q.device)
 
 
+def tree_mask(tree: Tree, window: int | None = None, key_valid=(), same_value=()) -> TreeMask:
+    return TreeMask(tree.subtree_end, tree.depth, tree.segments, key_valid, same_value, window)
+
+
+# Columns by depth.
+SAME_VALUE = {
+    "large": lambda depth: (1 << 40) + depth // 3,  # equal in their last 32 bits, or nearly
+    "apart by 2³²": lambda depth: (depth // 3) << 32,
+    "bool": lambda depth: depth % 2 == 0,
+    "signed zeros": lambda depth: torch.where(depth % 2 == 0, -0.0, 0.0),
+    "nan": lambda depth: torch.where(depth % 3 == 0, torch.nan, 1.0),
+    "half": lambda depth: (depth // 3).half(),
+}
+
+
 def visible_keys(tree: Tree, token: int, key_valid=(), same_value=(), window=None) -> list[int]:
     path = tree.path(token)
     return [
@@ -137,6 +152,16 @@ def gradients(function, tensors: list[Tensor], seed: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
     return [out.detach(), *others, *torch.autograd.grad(out, tensors, grad)]
+
+
+def assert_equals_brute_force(tree: Tree, qkv: list[Tensor], engine: str, **mask) -> None:
+    """Values, log-sum-exps and gradients, laid out as the contract says."""
+    expected = gradients(lambda *x: brute_force(tree, *x, **mask), qkv)
+    actual = gradients(lambda *x: attend(tree, *x, **mask, engine=engine), qkv)
+    for a, e in zip(actual, expected, strict=True):
+        close_to(a, e, engine)
+    out, lse = actual[:2]
+    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
 
 
 # --- prefix_attention
@@ -378,11 +403,11 @@ def test_choose_names_engine_and_reason():
 def test_auto_takes_the_first_engine_that_can(device, capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    expected = (
-        "cpu" if device == "cpu" else "flex" if (device, dtype) == ("xpu", torch.bfloat16) else "reference"
-    )
+    expected = "cpu" if device == "cpu" else "reference"
     if device == "cuda" and capability >= triton.OLDEST_CAPABILITY and dtype == torch.bfloat16:
         expected = "triton"
+    if device == "xpu" and dtype == torch.bfloat16:
+        expected = "flex"
     name, why = choose("auto", torch.device(device), dtype)
     assert name == expected
     assert ("not triton" in why) == (name in ("flex", "reference"))

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from flash_emulator import Log, flash_attn_package, flash_on_cpu
 from harness import BACKEND, differences, random_tree_batch, run
 from pgcompile.engines import flash_kernels, reference, varlen
-from pgcompile.engines.contract import Scores, TreeMask
+from pgcompile.engines.contract import Scores
 from test_ops import (
     Tree,
+    assert_equals_brute_force,
     attend,
-    brute_force,
     columns,
     gradients,
     inputs,
     random_tree,
+    tree_mask,
     tree_of_rows,
 )
 from zoo.nano_gpt import NanoGPT
@@ -56,11 +57,6 @@ def way(request, monkeypatch):
     return request.param
 
 
-def tree_mask(tree: Tree, window: int | None = None, **columns) -> TreeMask:
-    mask = columns.get("key_valid", []), columns.get("same_value", [])
-    return TreeMask(tree.subtree_end, tree.depth, tree.segments, *mask, window)
-
-
 def levels(tree: Tree) -> int:
     """Of segments below the roots: by parents, not by the code under test."""
     parent = tree.segments[:, 4].tolist()
@@ -94,23 +90,11 @@ SHAPES = {
 }
 
 
-def assert_equal_to_brute_force(tree, qkv, **mask):
-    out, lse = attend(tree, *qkv, **mask, engine="varlen")
-    expected_out, expected_lse = brute_force(tree, *qkv, **mask)
-    torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
-    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
-    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
-    expected = gradients(lambda *x: brute_force(tree, *x, **mask)[0], qkv)
-    actual = gradients(lambda *x: attend(tree, *x, **mask, engine="varlen")[0], qkv)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", TREES)
 def test_values_and_gradients_equal_brute_force(name, shape, way, log):
     tree = TREES[name]()
-    assert_equal_to_brute_force(tree, inputs(tree, **SHAPES[shape]))
+    assert_equals_brute_force(tree, inputs(tree, **SHAPES[shape]), "varlen")
     assert log.forward and log.backward, "the kernels never ran"
 
 
@@ -118,7 +102,7 @@ def test_values_and_gradients_equal_brute_force(name, shape, way, log):
 @pytest.mark.parametrize("name", TREES)
 def test_windows(name, window, log):
     tree = TREES[name]()
-    assert_equal_to_brute_force(tree, inputs(tree, heads=4), window=window)
+    assert_equals_brute_force(tree, inputs(tree, heads=4), "varlen", window=window)
     if window < int(tree.depth.max()) + 1:
         assert {call[2] for call in log.forward + log.backward} == {(window - 1, 0)}
 
@@ -126,7 +110,7 @@ def test_windows(name, window, log):
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_scales_that_are_not_positive(scale, way, log):
     tree = random_tree(1)
-    assert_equal_to_brute_force(tree, inputs(tree), scale=scale)
+    assert_equals_brute_force(tree, inputs(tree), "varlen", scale=scale)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -149,7 +133,7 @@ def test_capped_scores_run_on_the_package(name, window, way, log, monkeypatch):
     with_package(monkeypatch, flash_attn_package(package, "2.8.3"))
     qkv = inputs(tree, heads=4, key_heads=2)
     for softcap in (None, 0.3, 50.0):
-        assert_equal_to_brute_force(tree, qkv, softcap=softcap, window=window)
+        assert_equals_brute_force(tree, qkv, "varlen", softcap=softcap, window=window)
         used, other = (log, package) if softcap is None else (package, log)
         assert used.forward and used.backward and not other.forward and not other.backward
         for calls in (log.forward, log.backward):

@@ -11,7 +11,18 @@ import torch
 import pgcompile
 from harness import compiled, random_tree_batch, rewire
 from pgcompile.engines import Scores, blocks, per_plan, triton
-from test_ops import attend, brute_force, close_to, columns, gradients, home, inputs, use_small_tiles
+from test_ops import (
+    SAME_VALUE,
+    assert_equals_brute_force,
+    attend,
+    brute_force,
+    close_to,
+    columns,
+    gradients,
+    home,
+    inputs,
+    use_small_tiles,
+)
 from trees import random_tree, tree_of_rows
 from zoo import ZOO
 
@@ -20,13 +31,6 @@ TREE = random_tree(0)
 # A prompt and its answers: enough tokens in a row that some tiles are full.
 PROMPT = list(range(50))
 ANSWERS = tree_of_rows([PROMPT + [100 * n + i for i in range(20)] for n in range(1, 3)])
-
-
-def assert_equals_brute_force(qkv, tree=TREE, **mask):
-    expected = gradients(lambda *x: brute_force(tree, *x, **mask), qkv)
-    actual = gradients(lambda *x: attend(tree, *x, **mask, engine="triton"), qkv)
-    for a, e in zip(actual, expected, strict=True):
-        close_to(a, e, "triton")
 
 
 @pytest.mark.parametrize("masked", ["nothing", "columns"])
@@ -40,13 +44,13 @@ def test_full_tiles(window, masked, monkeypatch):
     mask = {}
     if masked == "columns":  # they hide something in full tiles, but not all
         mask = {"key_valid": columns(ANSWERS)["key_valid"], "same_value": [ANSWERS.depth // 45]}
-    assert_equals_brute_force(inputs(ANSWERS, heads=2, key_heads=1), ANSWERS, window=window, **mask)
+    assert_equals_brute_force(ANSWERS, inputs(ANSWERS, heads=2, key_heads=1), "triton", window=window, **mask)
 
 
 @pytest.mark.parametrize("size, value_size", [(1, 1), (20, 3), (16, 33), (3, 80)])
 def test_head_sizes_that_are_no_powers_of_two(size, value_size, monkeypatch):
     use_small_tiles(monkeypatch, 3)
-    assert_equals_brute_force(inputs(TREE, size=size, value_size=value_size))
+    assert_equals_brute_force(TREE, inputs(TREE, size=size, value_size=value_size), "triton")
 
 
 def test_heads_that_are_too_large_run_on_the_next_engine():
@@ -102,20 +106,11 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(a.cpu(), b.cpu())
 
 
-SAME_VALUE = {
-    "large": (1 << 40) + TREE.depth // 3,  # equal in their last 32 bits, or nearly
-    "apart by 2³²": (TREE.depth // 3) << 32,
-    "bool": TREE.depth % 2 == 0,
-    "signed zeros": torch.where(TREE.depth % 2 == 0, -0.0, 0.0),
-    "nan": torch.where(TREE.depth % 3 == 0, torch.nan, 1.0),
-    "half": (TREE.depth // 3).half(),
-}
-
-
 @pytest.mark.parametrize("name", SAME_VALUE)
 def test_values_that_must_agree(name, monkeypatch):
     use_small_tiles(monkeypatch, 3)
-    assert_equals_brute_force(inputs(TREE), same_value=[SAME_VALUE[name], TREE.depth // 5])
+    values = [SAME_VALUE[name](TREE.depth), TREE.depth // 5]
+    assert_equals_brute_force(TREE, inputs(TREE), "triton", same_value=values)
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])

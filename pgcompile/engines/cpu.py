@@ -58,7 +58,7 @@ def attention(
     scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
-    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scores.scale)
+    q_1HTD, scores, _ = with_positive_scale(q_1HTD, scores)
     q, k, v = of_equal_sizes(q_1HTD, k_1KTD, v_1KTE)
     dtype = reference.compute_dtype(q)
     out_1HTE = token_major(torch.empty_like, q, dtype)
@@ -67,7 +67,7 @@ def attention(
     for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         part_BHLE, lse_BHL = _forward(
             call.queries.take(q), call.keys.take(k), call.keys.take(v), 0.0, call.is_causal,
-            attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
+            attn_mask=additive(hidden_BLS, q.dtype), scale=scores.scale,
         )  # fmt: skip
         if hidden_BLS is not None:  # for a query that sees no key, the kernel has zeros
             lse_BHL = lse_BHL.masked_fill(hidden_BLS.all(-1)[:, None], -torch.inf)
@@ -95,7 +95,7 @@ def attention_backward(
     scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
-    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scores.scale)
+    q_1HTD, scores, factor = with_positive_scale(q_1HTD, scores)
     q, k, v, grad_out, out = of_equal_sizes(q_1HTD, k_1KTD, v_1KTE, grad_out_1HTE, out_1HTE)
     dtype = reference.compute_dtype(q)
     cutter = Cutter(mask)
@@ -105,7 +105,7 @@ def attention_backward(
         dq, dk, dv = _backward(
             call.queries.take(grad_out), call.queries.take(q), call.keys.take(k), call.keys.take(v),
             call.queries.take(out), call.queries.take(lse).contiguous(), 0.0, call.is_causal,
-            attn_mask=additive(hidden_BLS, q.dtype), scale=scale,
+            attn_mask=additive(hidden_BLS, q.dtype), scale=scores.scale,
         )  # fmt: skip
         call.queries.add(grads[0], dq, call.is_first)
         call.keys.add(grads[1], dk, call.is_whole)

@@ -127,11 +127,9 @@ def forward(
     formula: Formula, q: Tensor, k: Tensor, v: Tensor, *mask_tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out, and lse in powers of 2."""
-    scores, columns = formula.scores, mask_tensors[: len(formula.columns)]
     out, lse, *_ = torch.ops.higher_order.flex_attention(
-        q, k, v, score_function(scores), block_mask(formula, q.shape[2], mask_tensors), scores.scale,
-        dict(KERNEL_OPTIONS), (), columns,
-    )  # fmt: skip
+        q, k, v, score_function(formula.scores), *mask_and_options(formula, q, mask_tensors)
+    )
     return out, lse
 
 
@@ -140,12 +138,18 @@ def backward(
     *mask_tensors: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    scores, columns = formula.scores, mask_tensors[: len(formula.columns)]
     dq, dk, dv, _ = torch.ops.higher_order.flex_attention_backward(
-        q, k, v, out, lse, grad_out, torch.zeros_like(lse), score_function(scores), score_derivative(scores),
-        block_mask(formula, q.shape[2], mask_tensors), scores.scale, dict(KERNEL_OPTIONS), (), columns,
+        q, k, v, out, lse, grad_out, torch.zeros_like(lse),
+        score_function(formula.scores), score_derivative(formula.scores),
+        *mask_and_options(formula, q, mask_tensors),
     )  # fmt: skip
     return dq, dk, dv
+
+
+def mask_and_options(formula: Formula, q: Tensor, mask_tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """What either operator takes last; scores read no tensor, the mask its columns."""
+    mask, columns = block_mask(formula, q.shape[2], mask_tensors), mask_tensors[: len(formula.columns)]
+    return mask, formula.scores.scale, dict(KERNEL_OPTIONS), (), columns
 
 
 def score_function(scores: Scores) -> Callable[..., Tensor]:

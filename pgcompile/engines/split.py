@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from .contract import Scores
 
-def with_positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """Queries, scale, and what the queries were multiplied by: the kernel multiplies its -inf by the scale, too."""
-    return (q, scale, 1.0) if scale > 0 else (q * scale, 1.0, scale)
+
+def with_positive_scale(q: Tensor, scores: Scores) -> tuple[Tensor, Scores, float]:
+    """Queries, scores, and what the queries were multiplied by: the kernel multiplies its -inf by the scale, too."""
+    scale = scores.scale
+    return (q, scores, 1.0) if scale > 0 else (q * scale, scores._replace(scale=1.0), scale)
 
 
 def merge_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

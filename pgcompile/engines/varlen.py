@@ -43,8 +43,7 @@ def attention(
     scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """See reference.attention."""
-    q_1HTD, scale, _ = with_positive_scale(q_1HTD, scores.scale)
-    scores = scores._replace(scale=scale)
+    q_1HTD, scores, _ = with_positive_scale(q_1HTD, scores)
     q, k, v = token_major(q_1HTD, k_1KTD, v_1KTE)
     first, *levels = planned_calls(mask, q, k)
     out_THE, lse_HT = flash_kernels.forward(first, q, k, v, scores)
@@ -71,8 +70,7 @@ def attention_backward(
     scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.attention_backward."""
-    q_1HTD, scale, factor = with_positive_scale(q_1HTD, scores.scale)
-    scores = scores._replace(scale=scale)
+    q_1HTD, scores, factor = with_positive_scale(q_1HTD, scores)
     tensors = token_major(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE)
     q, k = tensors[1:3]
     lse_TH = lse_1HT[0].t()
