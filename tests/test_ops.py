@@ -186,6 +186,7 @@ def use_small_tiles(monkeypatch, block: int) -> None:
     for module in (reference, cpu):
         monkeypatch.setattr(module, "QUERY_BLOCK", block)
     monkeypatch.setattr(cpu, "MASK_ELEMENTS", block * 4)
+    monkeypatch.setattr(cpu, "CAUSAL_TOKENS", block)
     # tl.dot wants 16 at least; once more queries than keys in a tile, once fewer
     tiling = triton.Tiling(16, 32, 1, 1) if block < 16 else triton.Tiling(32, 16, 1, 1)
     monkeypatch.setattr(

@@ -1,9 +1,9 @@
 """Prefix attention by ATen's flash kernel for CPUs: ancestor split with state merge.
 
-Every segment attends itself causally; every inner node of the tree is attended, in full, by the tokens below it, a
-contiguous range in preorder. Partial results merge by log-sum-exp (Milakov and Gimelshein 2018; Hydragen,
-arXiv 2402.05099, and FlashInfer's cascade do this for inference). Exactly the pairs of causal attention are computed.
-The backward needs no derivative of the merge: each call's backward runs with the merged out and lse.
+Every segment attends itself causally, in halves where it is long, of which the second attends the first in full; every
+inner node of the tree is attended, in full, by the tokens below it, a contiguous range in preorder. Partial results
+merge by log-sum-exp (Milakov and Gimelshein 2018; Hydragen, arXiv 2402.05099, and FlashInfer's cascade do this for
+inference). The backward needs no derivative of the merge: each call's backward runs with the merged out and lse.
 
 Calls of equal lengths are batched, so that many short answers cost one call. Where a window, a hole or a document's end
 hides keys, calls are cut into blocks of queries, each with the keys that one of them may see, and get a mask if it
@@ -13,6 +13,7 @@ Shapes by suffix as in reference.py; within a call, B ranges of L queries and S 
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Queries of a masked call, and elements of its mask: a block's scores, 8 heads of them, stay below 64 MiB.
 QUERY_BLOCK = 256
 MASK_ELEMENTS = 1 << 21
+
+# Of the longest causal call. The kernel computes whole tiles of 512 keys: of 512 tokens both triangles.
+CAUSAL_TOKENS = 256
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -215,9 +219,9 @@ class Call:
     """One kernel call: B ranges of queries and as many of keys.
 
     Args:
-        is_first: a segment attends itself: no other call has reached these queries. (Otherwise a node is attended
-            from below.)
-        is_whole: all of the segment in one call: none has reached these keys either.
+        is_first: tokens attend themselves: no other call has reached these queries. (Otherwise they attend tokens
+            before all of them.)
+        is_whole: they are all keys, too: none has reached these keys either.
     """
 
     queries: Ranges
@@ -227,7 +231,7 @@ class Call:
 
     @property
     def is_causal(self) -> bool:
-        """Does the kernel's own causal mask apply? Blocks of a segment have theirs spelled out."""
+        """Does the kernel's own causal mask apply? Blocks of such a call have theirs spelled out."""
         return self.is_whole
 
     @property
@@ -276,7 +280,7 @@ class Cutter:
                 end = start + length if call.is_first else call.keys.length
                 first = 0
                 if self.mask.window is not None:
-                    # below a node, tokens come in any depth: the first has the least
+                    # behind the keys, tokens come in any depth: the first has the least
                     offset = start if call.is_first else call.keys.length
                     first = max(0, offset - self.mask.window + 1)
                 if first < end:
@@ -305,23 +309,45 @@ def trimmed(call: Call, hidden_BLS: Tensor) -> tuple[Call, Tensor]:
 
 
 def after(call: Call) -> Tensor:
-    """bool [B, L, S]: keys behind the query, of a block of a segment that attends itself."""
+    """bool [B, L, S]: keys behind the query, of a block of tokens that attend themselves."""
     return call.keys.indices_BL[:, None] > call.queries.indices_BL[..., None]
 
 
 def calls(segments_M5: Tensor) -> list[Call]:
-    """The calls of a tree: first all segments by themselves (that writes every token), then all inner nodes."""
+    """The calls of a tree: first those of tokens by themselves (that writes every one), then the others."""
     return once_per_plan(segments_M5, ("calls of the cpu engine",), lambda: list(_calls(segments_M5)))
 
 
 def _calls(segments_M5: Tensor) -> Iterator[Call]:
     start, end, subtree_end = segments_M5[:, 0], segments_M5[:, 1], segments_M5[:, 2]
     lengths = end - start
-    for length in lengths.unique().tolist():
-        itself = Ranges(start[lengths == length], length)
-        yield Call(itself, itself, True, True)
-    inner = subtree_end > end
     below = subtree_end - end
+    found: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(
+        list
+    )  # starts of queries, as cut_triangle has them
+    for length in lengths.unique().tolist():
+        for offset, queries, keys in cut_triangle(length):
+            found[queries, keys].append(start[lengths == length] + offset)
+    inner = below > 0
     for queries, keys in torch.stack([below[inner], lengths[inner]], 1).unique(dim=0).tolist():
-        chosen = inner & (below == queries) & (lengths == keys)
-        yield Call(Ranges(end[chosen], queries), Ranges(start[chosen], keys), False, False)
+        found[queries, keys].append(end[inner & (below == queries) & (lengths == keys)])
+    for (queries, keys), starts in sorted(found.items(), key=lambda item: item[0][1] > 0):
+        first = torch.cat(starts).sort().values
+        by = Ranges(first, queries)
+        yield Call(by, Ranges(first - keys, keys), False, False) if keys else Call(by, by, True, True)
+
+
+def cut_triangle(length: int) -> Iterator[tuple[int, int, int]]:
+    """A causal segment as (offset, queries, keys): the queries from there attend so many keys right before them.
+
+    No keys: they attend themselves, causally, and are CAUSAL_TOKENS at most. Each pair of tokens is there once.
+    """
+    if length <= CAUSAL_TOKENS:
+        yield 0, length, 0
+        return
+    # the largest such power of two times CAUSAL_TOKENS: its pieces have the same lengths in all segments
+    half = CAUSAL_TOKENS << ((length - 1) // CAUSAL_TOKENS).bit_length() - 1
+    yield from cut_triangle(half)
+    yield half, length - half, half
+    for offset, queries, keys in cut_triangle(length - half):
+        yield half + offset, queries, keys
