@@ -45,11 +45,11 @@ def test_tokens_by_themselves_come_first_and_are_few(name, causal_tokens, monkey
     monkeypatch.setattr(cpu, "CAUSAL_TOKENS", causal_tokens)
     tree = TREES[name]()
     calls = cpu.calls(tree.segments)
-    first = [call for call in calls if call.is_first]
+    first = [call for call in calls if call.is_causal]
     assert calls[: len(first)] == first
     written = torch.cat([call.queries.indices_BL.flatten() for call in first])
     assert torch.equal(written.sort().values, torch.arange(tree.tokens))
-    assert all(call.is_causal and call.queries.length <= causal_tokens for call in first)
+    assert all(call.queries.length <= causal_tokens for call in first)
 
 
 def test_pieces_of_one_length_are_one_call(monkeypatch):

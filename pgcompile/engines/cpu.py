@@ -12,6 +12,8 @@ hides any of those.
 Shapes by suffix as in reference.py; within a call, B ranges of L queries and S keys.
 """
 
+from __future__ import annotations
+
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -74,9 +76,9 @@ def attention(
             attn_mask=additive(hidden_BLS, q.dtype), scale=scores.scale,
         )  # fmt: skip
         if hidden_BLS is not None:  # for a query that sees no key, the kernel has zeros
-            lse_BHL = lse_BHL.masked_fill(hidden_BLS.all(-1)[:, None], -torch.inf)
+            lse_BHL = lse_BHL.masked_fill(blind(call, hidden_BLS)[:, None], -torch.inf)
         part, part_lse = part_BHLE.to(dtype), lse_BHL.to(dtype)
-        if call.is_first:
+        if call.is_causal:  # no other has reached these
             call.queries.put(out_1HTE, part)
             call.queries.put(lse_1HT, part_lse)
             continue
@@ -104,16 +106,16 @@ def attention_backward(
     dtype = reference.compute_dtype(q)
     cutter = Cutter(mask)
     lse = reference.finite(lse_1HT) if cutter.bites else lse_1HT
-    grads = [token_major(torch.zeros_like if cutter.bites else torch.empty_like, x, dtype) for x in (q, k, v)]
+    grads = [token_major(torch.empty_like, x, dtype) for x in (q, k, v)]
     for call, hidden_BLS in cutter.apply(calls(mask.segments_M5)):
         dq, dk, dv = _backward(
             call.queries.take(grad_out), call.queries.take(q), call.keys.take(k), call.keys.take(v),
             call.queries.take(out), call.queries.take(lse).contiguous(), 0.0, call.is_causal,
             attn_mask=additive(hidden_BLS, q.dtype), scale=scores.scale,
         )  # fmt: skip
-        call.queries.add(grads[0], dq, call.is_first)
-        call.keys.add(grads[1], dk, call.is_whole)
-        call.keys.add(grads[2], dv, call.is_whole)
+        call.queries.add(grads[0], dq, is_first=call.is_causal)
+        call.keys.add(grads[1], dk, is_first=call.is_causal)
+        call.keys.add(grads[2], dv, is_first=call.is_causal)
     if factor != 1:
         grads[0].mul_(factor)
     dq, dk, dv = (
@@ -137,11 +139,11 @@ def token_major(like: Callable[..., Tensor], x_1HTD: Tensor, dtype: torch.dtype)
 
 
 def additive(hidden_BLS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The kernel's mask [B, 1, L, S], the same for all heads: minus infinity where a key is hidden."""
+    """The kernel's mask, the same for all heads: minus infinity where a key is hidden."""
     if hidden_BLS is None:
         return None
-    zeros = torch.zeros(hidden_BLS.shape, dtype=dtype)
-    return zeros.masked_fill_(hidden_BLS, -torch.inf)[:, None]
+    never, always = (torch.tensor(x, dtype=dtype) for x in (-torch.inf, 0.0))
+    return torch.where(hidden_BLS, never, always)[:, None]
 
 
 class Ranges:
@@ -216,28 +218,19 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: B ranges of queries and as many of keys.
+    """One kernel call: B ranges of queries and as many of keys, each within a segment.
 
     Args:
-        is_first: tokens attend themselves: no other call has reached these queries. (Otherwise they attend tokens
-            before all of them.)
-        is_whole: they are all keys, too: none has reached these keys either.
+        is_causal: tokens attend themselves. Otherwise they attend tokens before all of them.
     """
 
     queries: Ranges
     keys: Ranges
-    is_first: bool
-    is_whole: bool
+    is_causal: bool
 
-    @property
-    def is_causal(self) -> bool:
-        """Does the kernel's own causal mask apply? Blocks of such a call have theirs spelled out."""
-        return self.is_whole
-
-    @property
-    def pairs(self) -> int:
-        """Of each range."""
-        return self.queries.length * self.keys.length
+    def from_to(self, first: int, end: int) -> Call:
+        """With these of the keys."""
+        return replace(self, keys=Ranges(self.keys.starts + first, end - first))
 
 
 @dataclass(frozen=True)
@@ -254,63 +247,79 @@ class Cutter:
         return bool(self.mask.key_valid or self.mask.same_value)
 
     def apply(self, calls: Iterable[Call]) -> Iterator[tuple[Call, Tensor | None]]:
-        """The calls, cut so that masks stay small, each with what it hides, bool [B, L, S], or None."""
-        if not self.bites:
-            yield from ((call, None) for call in calls)
-            return
+        """The calls, cut so that masks stay small, each with what it hides, bool [B, L or 1, S], or None.
+
+        A causal call keeps all of its tokens, so that every token is still in one; of the others, keys that no query
+        sees are left out.
+        """
         for call in calls:
-            hidden = self.hidden(call) if call.pairs <= MASK_ELEMENTS else None
-            if hidden is not None and not hidden.any():
+            if not (self.bites and self.hides(call)):
                 yield call, None
                 continue
             for block in self.blocks(call):
                 hidden = self.hidden(block)
-                if block.is_first:
-                    hidden |= after(block)
-                if block.is_first or not hidden.all():
-                    block, hidden = trimmed(block, hidden)
-                    yield block, hidden if hidden.any() else None
+                if not block.is_causal and hidden is not None:
+                    seen = (~hidden).flatten(0, 1).any(0).nonzero().flatten()
+                    if not len(seen):
+                        continue
+                    first, end = int(seen[0]), int(seen[-1]) + 1
+                    block, hidden = block.from_to(first, end), hidden[..., first:end]
+                yield block, hidden
 
     def blocks(self, call: Call) -> Iterator[Call]:
         """Blocks of a call's queries, with the keys that a window leaves the first of them."""
-        step = max(1, MASK_ELEMENTS // (QUERY_BLOCK * call.keys.length))
+        length = call.queries.length if call.is_causal else min(call.queries.length, QUERY_BLOCK)
+        step = max(1, MASK_ELEMENTS // (length * call.keys.length))
         for queries, keys in zip(call.queries.starts.split(step), call.keys.starts.split(step), strict=True):
-            for start in range(0, call.queries.length, QUERY_BLOCK):
-                length = min(QUERY_BLOCK, call.queries.length - start)
-                end = start + length if call.is_first else call.keys.length
-                first = 0
-                if self.mask.window is not None:
-                    # behind the keys, tokens come in any depth: the first has the least
-                    offset = start if call.is_first else call.keys.length
-                    first = max(0, offset - self.mask.window + 1)
-                if first < end:
-                    ranges = Ranges(queries + start, length), Ranges(keys + first, end - first)
-                    yield Call(*ranges, call.is_first, False)
+            for start in range(0, call.queries.length, length):
+                block = Call(
+                    Ranges(queries + start, min(length, call.queries.length - start)),
+                    Ranges(keys, call.keys.length),
+                    call.is_causal,
+                )
+                gone = 0 if call.is_causal else self.keys_before_window(block)
+                if gone < call.keys.length:
+                    yield block.from_to(gone, call.keys.length)
 
-    def hidden(self, call: Call) -> Tensor:
-        """bool [B, L, S]: keys in a query's row that it may not see. (Tokens after it are not looked for.)"""
-        query_BL1, key_B1S = call.queries.indices_BL[..., None], call.keys.indices_BL[:, None]
-        hidden = torch.zeros(len(call.queries), call.queries.length, call.keys.length, dtype=torch.bool)
-        for valid_T in self.mask.key_valid:
-            hidden |= ~valid_T[key_B1S]
-        for value_T in self.mask.same_value:
-            hidden |= value_T[key_B1S] != value_T[query_BL1]
+    def keys_before_window(self, call: Call) -> int:
+        """How many of the first keys lie before every query's window. (Within a segment, depths go up by one.)"""
+        if self.mask.window is None:
+            return 0
+        between_BL = self.mask.depth_T[call.queries.indices_BL] - self.mask.depth_T[call.keys.starts][:, None]
+        return max(0, int(between_BL.min()) - self.mask.window + 1)
+
+    def hides(self, call: Call) -> bool:
+        """Is a key hidden? Looks at tokens, not at pairs, so it may say yes where one is hidden from nobody."""
+        queries_BL, keys_BS = call.queries.indices_BL, call.keys.indices_BL
         if self.mask.window is not None:
-            hidden |= self.mask.depth_T[query_BL1] - self.mask.depth_T[key_B1S] >= self.mask.window
-        return hidden
+            between_BL = self.mask.depth_T[queries_BL] - self.mask.depth_T[call.keys.starts][:, None]
+            if int(between_BL.max()) >= self.mask.window:
+                return True
+        if not all(valid_T[keys_BS].all() for valid_T in self.mask.key_valid):
+            return True
+        for value_T in self.mask.same_value:
+            of_first_B1 = value_T[queries_BL[:, :1]]
+            if (value_T[queries_BL] != of_first_B1).any() or (value_T[keys_BS] != of_first_B1).any():
+                return True
+        return False
+
+    def hidden(self, call: Call) -> Tensor | None:
+        """bool [B, L or 1, S]: keys in a query's row that it may not see. (Tokens after it are not looked for.)"""
+        if not self.hides(call):
+            return None
+        queries_BL1, keys_B1S = call.queries.indices_BL[..., None], call.keys.indices_BL[:, None]
+        terms = [~valid_T[keys_B1S] for valid_T in self.mask.key_valid]
+        terms += [value_T[keys_B1S] != value_T[queries_BL1] for value_T in self.mask.same_value]
+        if self.mask.window is not None:
+            terms.append(self.mask.depth_T[keys_B1S] <= self.mask.depth_T[queries_BL1] - self.mask.window)
+        return functools.reduce(torch.logical_or, terms)
 
 
-def trimmed(call: Call, hidden_BLS: Tensor) -> tuple[Call, Tensor]:
-    """Without the keys at both ends that no query sees, those of other documents for instance."""
-    seen = (~hidden_BLS).any(0).any(0).nonzero().flatten()
-    first, end = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 1)
-    keys = Ranges(call.keys.starts + first, end - first)
-    return replace(call, keys=keys), hidden_BLS[..., first:end]
-
-
-def after(call: Call) -> Tensor:
-    """bool [B, L, S]: keys behind the query, of a block of tokens that attend themselves."""
-    return call.keys.indices_BL[:, None] > call.queries.indices_BL[..., None]
+def blind(call: Call, hidden_BLS: Tensor) -> Tensor:
+    """bool [B, L or 1]: queries that see no key."""
+    if call.is_causal:
+        hidden_BLS = hidden_BLS | (call.keys.indices_BL[:, None] > call.queries.indices_BL[..., None])
+    return hidden_BLS.all(-1)
 
 
 def calls(segments_M5: Tensor) -> list[Call]:
@@ -334,7 +343,7 @@ def _calls(segments_M5: Tensor) -> Iterator[Call]:
     for (queries, keys), starts in sorted(found.items(), key=lambda item: item[0][1] > 0):
         first = torch.cat(starts).sort().values
         by = Ranges(first, queries)
-        yield Call(by, Ranges(first - keys, keys), False, False) if keys else Call(by, by, True, True)
+        yield Call(by, Ranges(first - keys, keys) if keys else by, is_causal=not keys)
 
 
 def cut_triangle(length: int) -> Iterator[tuple[int, int, int]]:
