@@ -29,7 +29,7 @@ from .engines import Scores
 from .engines.choose import choose_for_heads
 from .errors import backward_failures, belongs_to_caller
 from .generation import compiled_module, keep_generation_out
-from .inner import DenseGraph, Family, compile_lock, compiled_packed, family_of
+from .inner import DenseGraph, Family, compiled_packed, compiling, family_of
 from .modes import GlobalModes, modes
 from .options import Options
 from .packed_tree import PackedTrees
@@ -74,7 +74,7 @@ def pgcompile(
     module = compiled_module()
     if module is not None and not survey:
         keep_generation_out(module)
-    with compile_lock:
+    with compiling():
         compilation = run_passes(
             PASSES,
             Compilation(gm, chosen.dropout, survey, chosen.engine),
@@ -192,9 +192,9 @@ class PackedCall:
                 packed = self._run_head(packed, inputs, args, results, plan, report)
             outputs = self._late(args, results, packed, plan)
         except Exception as error:  # the same: nothing has been written to
+            modes.restore()  # the graph may have stopped between two switches
             if belongs_to_caller(error):
                 raise
-            modes.restore()  # the graph may have stopped between two switches
             return self._run_dense(args, report, "engine_error", f"{type(error).__name__}: {error}", error)
         report.decision = "packed"
         self._collect(report)

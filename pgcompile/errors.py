@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils import checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,11 +31,13 @@ def backward_failures() -> int:
 
 
 def belongs_to_caller(error: BaseException) -> bool:
-    """Out of memory and device errors: running the original instead would only hide them."""
-    accelerator_error = getattr(torch, "AcceleratorError", None)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        accelerator_error is not None and isinstance(error, accelerator_error)
-    )
+    """Out of memory and device errors, which running the original would only hide, and torch's own signals.
+
+    (Activation checkpointing around a compiled call stops recomputing it, once it has what it needs, by an exception.)
+    """
+    accelerator_error = getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+    stop = getattr(checkpoint, "_StopRecomputationError", torch.OutOfMemoryError)
+    return isinstance(error, (torch.OutOfMemoryError, accelerator_error, stop))
 
 
 def raises_engine_error(backward: F) -> F:

@@ -13,13 +13,15 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -33,6 +35,13 @@ from .report import log
 from .symbolic import dynamic_size
 
 Bounds = tuple[float, float]
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Under Dynamo's lock, and, as Dynamo does it, without the caller's saved-tensor hooks: nothing runs yet."""
+    with compile_lock, _disable_saved_tensors_hooks_during_tracing():
+        yield
 
 
 class Artifact:
@@ -111,7 +120,7 @@ def compiled_packed(
     for artifact in family.artifacts:
         if artifact.serves(tokens, scored):
             return artifact.call
-    with compile_lock:
+    with compiling():
         if not any(a.serves(tokens, scored) for a in family.artifacts):
             family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
             stats.count(compiles=1)
@@ -205,7 +214,7 @@ def _constant_key(value: Any) -> Any:
 
 
 def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with compiling(), FakeTensorMode(allow_non_fake_inputs=True):
         inputs = packed_inputs(graphs, aten_gm, 7919)
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
     return tuple(
@@ -239,7 +248,7 @@ class DenseGraph:
         if len(self.compiled) >= self.MOST:
             return self.eager(*args)
         try:
-            with compile_lock:
+            with compiling():
                 call = self._compile(args, current)
         except Exception as error:  # of somebody else's compiler; the graph runs without it
             log.warning("the inner compiler failed on the original graph, which runs eagerly: %s", error)

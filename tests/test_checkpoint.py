@@ -5,7 +5,11 @@ import functools
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from harness import BACKEND, differences, named_tensors, random_tree_batch, run
 from tiny_hf import build
@@ -351,3 +355,23 @@ def test_a_body_behind_the_packed_graph(inner_compiler, attention_calls):
     ]
     torch.testing.assert_close(*gradients)
     assert pgcompile.stats().packed == 1 and len(attention_calls) == LAYERS
+
+
+@pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_checkpoint_around_what_is_compiled(early_stop, inner_compiler, attention_calls):
+    """The first call compiles in it, which must save nothing; the second run of a call stops by an exception."""
+    target = model()
+    compiled_target = fast(target, inner_compiler)
+
+    def gradients(call, rows):
+        with set_checkpoint_early_stop(early_stop):
+            logits = call(*[x[:rows] for x in BATCH.inputs.values()])
+            loss = logits[BATCH.kept[:rows]].square().sum()
+            return torch.autograd.grad(loss, list(target.parameters()))
+
+    for rows in (6, 6, 4):
+        expected = gradients(target, rows)
+        actual = gradients(functools.partial(checkpoint, compiled_target, use_reentrant=False), rows)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    assert pgcompile.stats().packed == (3 if early_stop else 6) and pgcompile.stats().dense == 0
