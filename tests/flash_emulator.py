@@ -76,7 +76,7 @@ def flash_on_cpu() -> Iterator[Log]:
 
 def _forward(
     log, q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
-    scale, window_size_left, window_size_right, softcap=0.0,
+    scale, window_size_left=-1, window_size_right=-1, softcap=0.0,
 ):  # fmt: skip
     assert dropout_p == 0 and not return_debug_mask
     visible = _visible(q, k, v, cu_q, cu_k, max_q, max_k, is_causal, window_size_left, window_size_right)
@@ -94,7 +94,7 @@ def _forward(
 
 def _backward(
     log, grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *,
-    scale, window_size_left, window_size_right, softcap=0.0,
+    scale, window_size_left=-1, window_size_right=-1, softcap=0.0,
 ):  # fmt: skip
     assert dropout_p == 0 and lse.is_contiguous() and lse.shape == (q.shape[1], q.shape[0])
     assert lse.dtype == _wide(q) and out.shape == grad_out.shape == q.shape

@@ -218,10 +218,12 @@ def test_what_is_compiled(dtype, softcap):
 OPERATOR = {flex.forward: "flex_attention", flex.backward: "flex_attention_backward"}
 
 
-def test_large_tensors_are_counted_in_64_bits():
-    """By a graph of their own: inductor chooses by the number of tokens that it is told."""
-    heads = torch.empty(1, 1 << 19, 64, 64, device="meta").transpose(1, 2)
-    assert flex._is_large([("1HTD", heads)]) and not flex._is_large([("1HTD", heads[:, :, 1:])])
+@pytest.mark.parametrize("size, value_size", [(64, 64), (16, 64), (64, 16), (1, 16)])
+def test_what_32_bits_cannot_count_is_left_to_others(size, value_size):
+    mask, heads = tree_mask(random_tree(0)), (1 << 25) // max(size, value_size)
+    q, v = (torch.empty(1, heads, 64, n, device="meta") for n in (size, value_size))
+    assert "2,147,483,648" in flex.why_not_call(mask, q, v)
+    assert flex.why_not_call(mask, q[:, 1:], v[:, 1:]) is None
 
 
 def test_why_not(monkeypatch):

@@ -44,16 +44,20 @@ def columns(tree: Tree, seed: int = 0) -> dict:
     }
 
 
+def dtypes(engine: str, device: torch.device | None) -> list[torch.dtype]:
+    """What an engine computes in there, the finest first."""
+    wanted = [] if device is None else [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    return [d for d in wanted if ENGINES[engine].why_not(device, d) is None]
+
+
 def home(engine: str) -> torch.device | None:
     """Where an engine can be tested."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return next((d for d in devices if ENGINES[engine].why_not(d, torch.float32) is None), None)
+    return next((d for d in devices if dtypes(engine, d)), None)
 
 
 def finest(engine: str) -> torch.dtype:
-    """float64, or float32 if the engine doesn't have that."""
-    can = ENGINES[engine].why_not(home(engine), torch.float64) is None
-    return torch.float64 if can else torch.float32
+    return dtypes(engine, home(engine))[0]
 
 
 def at_home(engine: str, values, segments: Tensor):
@@ -65,14 +69,14 @@ def at_home(engine: str, values, segments: Tensor):
     return tree_map_only(Tensor, move, values)
 
 
-def in_dtypes(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
+def in_dtypes(*wanted: torch.dtype) -> list[tuple[str, torch.dtype]]:
     """Engines with each of the dtypes that they have."""
-    return [(e, d) for e in ENGINES if home(e) for d in dtypes if ENGINES[e].why_not(home(e), d) is None]
+    return [(e, d) for e in ENGINES for d in wanted if d in dtypes(e, home(e))]
 
 
 def close_to(actual: Tensor, expected: Tensor, engine: str) -> None:
     """Tensors of numbers below 10, sums of a few dozen products: float32 keeps five digits behind the point, barely."""
-    tolerance = {torch.float64: 1e-12, torch.float32: 5e-6}[finest(engine)]
+    tolerance = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 5e-2}[finest(engine)]
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
 
 
@@ -216,7 +220,7 @@ def test_attention_equals_brute_force(seed, shape, block, window, masked, monkey
     for a, e in zip(actual, expected, strict=True):
         close_to(a, e, engine)
     lse = actual[1]
-    assert lse.dtype == finest(engine)
+    assert lse.dtype == max(finest(engine), torch.float32, key=lambda dtype: dtype.itemsize)
     assert (lse == -INF).any() == (masked == "columns"), "the columns must leave some query without a key"
 
 
@@ -398,15 +402,18 @@ def test_choose_names_engine_and_reason():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("has_flash", [False, True])
 @pytest.mark.parametrize(
     "device, capability", [("cpu", None), ("cuda", (9, 0)), ("cuda", (7, 5)), ("xpu", None)]
 )
-def test_auto_takes_the_first_engine_that_can(device, capability, dtype, monkeypatch):
+def test_auto_takes_the_first_engine_that_can(device, capability, has_flash, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: has_flash)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     expected = "cpu" if device == "cpu" else "reference"
     if device == "cuda" and capability >= triton.OLDEST_CAPABILITY and dtype == torch.bfloat16:
-        expected = "triton"
+        expected = "varlen" if has_flash else "triton"
     if device == "xpu" and dtype == torch.bfloat16:
         expected = "flex"
     name, why = choose("auto", torch.device(device), dtype)

@@ -242,7 +242,9 @@ def test_gradients_of_510_answers_add_up_in_float32(way, log):
     assert (v.grad[0, 0, 0] == 1 + 510 / 2).all() and (v.grad[0, 0, 1:] == 0.5).all()
 
 
-@pytest.mark.parametrize("case", ["holes", "documents", "long heads", "many segments", "softcap"])
+@pytest.mark.parametrize(
+    "case", ["holes", "documents", "long heads", "many segments", "short segments", "softcap"]
+)
 def test_what_the_kernels_cannot_do_runs_on_reference(case, log, monkeypatch):
     tree = random_tree(2)
     qkv = inputs(tree, size=264 if case == "long heads" else 8)
@@ -252,15 +254,18 @@ def test_what_the_kernels_cannot_do_runs_on_reference(case, log, monkeypatch):
         mask = {name: columns(tree)[name]}
     if case == "many segments":
         monkeypatch.setattr(varlen, "MAX_SEQUENCES", len(tree.segments) - 1)
+    if case == "short segments":  # 128 rows, 2 heads of 8 and 4 bytes for each
+        monkeypatch.setattr(varlen, "MAX_SCRATCH", 8192 * len(tree.segments) - 1)
     softcap = 5.0 if case == "softcap" else None
     why = varlen.why_not_heads(qkv[0].shape[-1], Scores(1.0, softcap)) or varlen.why_not_call(
-        tree_mask(tree, **mask)
+        tree_mask(tree, **mask), qkv[0], qkv[2]
     )
     words = {
         "holes": "mask",
         "documents": "mask",
         "long heads": "264",
-        "many segments": "segments",
+        "many segments": "sequences",
+        "short segments": "MiB",
         "softcap": "cap",
     }
     assert why is not None and words[case] in why

@@ -57,7 +57,7 @@ def engine_for(engine: str, q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scor
     """
     device, dtype, size = q_1HTD.device, q_1HTD.dtype, max(q_1HTD.shape[-1], v_1KTE.shape[-1])
     name, _ = choose_for_heads(engine, device, dtype, size, scores)
-    while ENGINES[name].why_not_call(mask) is not None:
+    while ENGINES[name].why_not_call(mask, q_1HTD, v_1KTE) is not None:
         name, _ = choose_for_heads(_after(name, device, dtype), device, dtype, size, scores)
     return ENGINES[name]
 

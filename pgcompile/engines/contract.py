@@ -53,8 +53,8 @@ class Engine(Protocol):
     def why_not_heads(self, size: int, scores: Scores) -> str | None:
         """The same for a model whose heads have `size` numbers at most."""
 
-    def why_not_call(self, mask: TreeMask) -> str | None:
-        """The same for a batch; looks at no value that the host would wait for."""
+    def why_not_call(self, mask: TreeMask, q_1HTD: Tensor, v_1KTE: Tensor) -> str | None:
+        """The same for a batch; looks at no value that the host would wait for, and at none of the heads."""
 
     def attention(
         self, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scores: Scores

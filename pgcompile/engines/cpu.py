@@ -52,7 +52,7 @@ def why_not_heads(size: int, scores: Scores) -> str | None:
     return "its kernel doesn't cap scores" if scores.softcap is not None else None
 
 
-def why_not_call(mask: TreeMask) -> None:
+def why_not_call(mask: TreeMask, q_1HTD: Tensor, v_1KTE: Tensor) -> None:
     """See contract.Engine: nothing."""
 
 
@@ -331,9 +331,8 @@ def _calls(segments_M5: Tensor) -> Iterator[Call]:
     start, end, subtree_end = segments_M5[:, 0], segments_M5[:, 1], segments_M5[:, 2]
     lengths = end - start
     below = subtree_end - end
-    found: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(
-        list
-    )  # starts of queries, as cut_triangle has them
+    # starts of queries, by what cut_triangle says of them
+    found: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
     for length in lengths.unique().tolist():
         for offset, queries, keys in cut_triangle(length):
             found[queries, keys].append(start[lengths == length] + offset)

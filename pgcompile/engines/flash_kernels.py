@@ -56,7 +56,9 @@ class Call(NamedTuple):
         return self.cu_queries, self.cu_keys, self.max_queries, self.max_keys
 
     def window(self) -> dict[str, int]:
-        """Always with numbers: some generations take no None."""
+        """A window in keyword arguments. Without one there are none: FlashAttention-4 takes any number for a window."""
+        if self.window_size in (CAUSAL, EVERYTHING):
+            return {}
         return dict(zip(("window_size_left", "window_size_right"), self.window_size, strict=True))
 
 
@@ -83,7 +85,13 @@ def forward(call: Call, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scores: Sco
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     out_LHD, lse_HL, *_ = _flash_attn_varlen_forward(
-        *tensors, *call.lengths(), 0.0, scores.scale, call.is_causal, **call.window(), softcap=scores.softcap
+        *tensors,
+        *call.lengths(),
+        0.0,
+        scores.scale,
+        call.is_causal,
+        *call.window_size,
+        softcap=scores.softcap,
     )
     return out_LHD, lse_HL
 
@@ -110,7 +118,7 @@ def backward(
 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in parts[1:4])
     _flash_attn_varlen_backward(
-        *parts, lse_HL, dq, dk, dv, *call.lengths(), 0.0, scores.scale, call.is_causal, **call.window(),
+        *parts, lse_HL, dq, dk, dv, *call.lengths(), 0.0, scores.scale, call.is_causal, *call.window_size,
         softcap=scores.softcap, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return dq, dk, dv

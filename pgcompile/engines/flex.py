@@ -33,12 +33,15 @@ from .triton import why_no_triton
 
 # Tokens of a block, FlexAttention's own default.
 BLOCK = 128
-# tl.dot wants 16 at least; for more than 256, inductor's tiles don't fit into a GPU's shared memory.
+# tl.dot wants 16 at least; for more than 256, inductor's tiles don't fit into the shared memory of data-centre GPUs.
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # What code is chosen for where the number of tokens counts: short queries would get a kernel for decoding.
 TYPICAL_TOKENS = 100003
+
+# Kernels count numbers of a tensor in 32 bits; with larger hints too, they find a block's tokens so.
+MOST_NUMBERS = (1 << 31) - 1
 
 # What the public function passes to the operators. A query may see nothing ("safe" rows are those that see something).
 KERNEL_OPTIONS = {
@@ -88,8 +91,13 @@ def why_not_heads(size: int, scores: Scores) -> str | None:
     return f"FlexAttention has no tiles for heads of {size}" if size > LARGEST_HEAD else None
 
 
-def why_not_call(mask: TreeMask) -> None:
-    """See contract.Engine: nothing."""
+def why_not_call(mask: TreeMask, q_1HTD: Tensor, v_1KTE: Tensor) -> str | None:
+    """See contract.Engine."""
+    _, heads, tokens, size = q_1HTD.shape
+    numbers = heads * tokens * max(size, v_1KTE.shape[-1], SMALLEST_HEAD)
+    if numbers > MOST_NUMBERS:
+        return f"FlexAttention's kernels count in 32 bits, and the query heads have {numbers:,} numbers"
+    return None
 
 
 def attention(
@@ -139,7 +147,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
     dq, dk, dv, _ = torch.ops.higher_order.flex_attention_backward(
-        q, k, v, out, lse, grad_out, torch.zeros_like(lse),
+        q, k, v, out, lse, grad_out, None,
         score_function(formula.scores), score_derivative(formula.scores),
         *mask_and_options(formula, q, mask_tensors),
     )  # fmt: skip
@@ -225,7 +233,7 @@ def block_lists(
 
     Where columns hide keys, every block has to ask.
     """
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
     pairs = Pairs.of(segments_M5, BLOCK, BLOCK, window)
     full_L = pairs.full_L & (not hides)
@@ -236,7 +244,7 @@ def block_lists(
             count_B, index_BB = _table(row_L, tile_L, pairs.queries)
             tables[f"{prefix}{name}_num_blocks"] = to_device(count_B[None, None], device)
             tables[f"{prefix}{name}_indices"] = to_device(index_BB[None, None], device)
-    mask = BlockMask(seq_lengths=(0, 0), **tables, BLOCK_SIZE=(BLOCK, BLOCK))
+    mask = BlockMask(seq_lengths=(0, 0), **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=noop_mask)
     return mask.as_tuple()[2:-1]
 
 
@@ -259,17 +267,12 @@ def run(function: Callable[..., Any], formula: Formula, arguments: Sequence[Argu
     """`function(formula, *tensors)`, compiled once for all T."""
     from torch._dynamo.convert_frame import compile_lock
 
-    key = function, formula, _is_large(arguments), tuple(_signature(*argument) for argument in arguments)
+    key = function, formula, tuple(_signature(*argument) for argument in arguments)
     if key not in _compiled:
         with compile_lock, torch.no_grad():
             if key not in _compiled:
                 _compiled[key] = _compile(function, formula, arguments)
     return _compiled[key](*(x for _, x in arguments))
-
-
-def _is_large(arguments: Sequence[Argument]) -> bool:
-    """Does some tensor need indices of 64 bits?"""
-    return any(x.numel() >= 1 << 31 for _, x in arguments)
 
 
 def _signature(dims: str, x: Tensor) -> tuple[Any, ...]:
@@ -285,7 +288,8 @@ def _compile(
         return gm
     from torch._inductor.compile_fx import compile_fx
 
-    compiled = compile_fx(gm, inputs)
+    # no graph of its own: its outputs would lie in a pool that the next call overwrites
+    compiled = compile_fx(gm, inputs, config_patches={"triton.cudagraphs": False})
     assert callable(compiled)  # anything else is for AOTInductor
     return compiled
 
@@ -299,8 +303,7 @@ def traced(
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     env = ShapeEnv()
-    hint = arguments[0][1].shape[2] if _is_large(arguments) else TYPICAL_TOKENS
-    tokens = dynamic_size(env, "tokens", hint)
+    tokens = dynamic_size(env, "tokens", TYPICAL_TOKENS)
     symbols = {"T": tokens, "B": (tokens + BLOCK - 1) // BLOCK}
     with FakeTensorMode(shape_env=env):
         inputs = list(_fakes(arguments, symbols))

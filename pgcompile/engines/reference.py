@@ -32,7 +32,7 @@ def why_not_heads(size: int, scores: Scores) -> None:
     """See contract.Engine."""
 
 
-def why_not_call(mask: TreeMask) -> None:
+def why_not_call(mask: TreeMask, q_1HTD: Tensor, v_1KTE: Tensor) -> None:
     """See contract.Engine."""
 
 

@@ -9,7 +9,10 @@ from .contract import Scores
 def with_positive_scale(q: Tensor, scores: Scores) -> tuple[Tensor, Scores, float]:
     """Queries, scores, and what the queries were multiplied by: the kernel multiplies its -inf by the scale, too."""
     scale = scores.scale
-    return (q, scores, 1.0) if scale > 0 else (q * scale, scores._replace(scale=1.0), scale)
+    if scale > 0:
+        return q, scores, 1.0
+    factor, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)  # exact, unlike a product with the scale
+    return q * factor, scores._replace(scale=scale), factor
 
 
 def merge_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

@@ -96,7 +96,7 @@ def why_not_heads(size: int, scores: Scores) -> str | None:
     return f"it has no tiles for heads of {size}" if padded(size) > LARGEST_HEAD else None
 
 
-def why_not_call(mask: TreeMask) -> None:
+def why_not_call(mask: TreeMask, q_1HTD: Tensor, v_1KTE: Tensor) -> None:
     """See contract.Engine: nothing."""
 
 

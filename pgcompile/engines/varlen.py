@@ -32,6 +32,11 @@ MAX_SIZE = 256
 ALIGNMENT = 8
 MAX_SEQUENCES = 65535
 
+# FlashAttention-2's backward sums dq in float32 in as many more rows for each sequence: bytes of them that are too
+# many, if they are that many times the tokens' own, too.
+ROWS_PER_SEQUENCE = 128
+MAX_SCRATCH, MAX_SCRATCH_RATIO = 1 << 30, 4
+
 Ranges = tuple[Tensor, Tensor]  # starts and lengths, int64 in host memory
 
 
@@ -55,7 +60,8 @@ def attention(
         part_LHE, at = part_LHE.to(out_THE.dtype), call.queries
         seen_LHE, seen_LH = out_THE[at], lse_TH[at]
         merge_(seen_LHE, seen_LH, part_LHE, lse_HL.t())
-        out_THE[at], lse_TH[at] = seen_LHE, seen_LH
+        if isinstance(at, Tensor):  # else they were views
+            out_THE[at], lse_TH[at] = seen_LHE, seen_LH
     return result(out_THE, v_1KTE.shape[-1], q.dtype), lse_TH.t().contiguous()[None]
 
 
@@ -117,11 +123,16 @@ def why_not_heads(size: int, scores: Scores) -> str | None:
     return why_no_package and f"PyTorch's flash attention doesn't cap scores, and {why_no_package}"
 
 
-def why_not_call(mask: TreeMask) -> str | None:
+def why_not_call(mask: TreeMask, q_1HTD: Tensor, v_1KTE: Tensor) -> str | None:
     """See contract.Engine."""
     segments = len(mask.segments_M5)
     if segments > MAX_SEQUENCES:
         return f"flash attention takes at most {MAX_SEQUENCES} sequences, the tree has {segments} segments"
+    _, heads, tokens, size = q_1HTD.shape
+    rows = ROWS_PER_SEQUENCE * segments
+    scratch = 4 * rows * heads * max(size, v_1KTE.shape[-1])
+    if scratch > MAX_SCRATCH and rows > MAX_SCRATCH_RATIO * tokens:
+        return f"flash attention's backward would take {scratch >> 20:,} MiB for {segments} short segments"
     if mask.key_valid or mask.same_value:
         return "columns hide keys, and flash attention takes no mask"
     return None
