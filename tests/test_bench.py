@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import resource
 from pathlib import Path
@@ -19,7 +20,7 @@ from pgcompile.bench.cases import GRIDS, Case, build, group_case, tree_case
 from pgcompile.bench.contestants import CONTESTANTS, Contestant, Setup
 from pgcompile.bench.models import SIZES, Work, build_model, count_work, token_logprobs
 from pgcompile.bench.page import page
-from pgcompile.bench.results import Record, Row, read
+from pgcompile.bench.results import Record, Row, read, write
 from pgcompile.cli.main import commands
 
 CPU = torch.device("cpu")
@@ -553,20 +554,58 @@ def test_files_are_shown_drawn_and_written_as_a_page(config, measured, tmp_path)
     assert result.exit_code == 0 and not measured and "P=32 R=8 G=4" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = text.read_text()
-    assert "- P=16 R=16 G=2, 80%: gathers | copies" in found
-    assert "- P=32 R=8 G=4, 80%: not explained yet" in found
+    assert "- P=16 R=16 G=2, 80.0%: gathers | copies" in found
+    assert "- P=32 R=8 G=4, 80.0%: not explained yet" in found
+    assert "Not measured" not in found
+    write(file, read(file)[:-2])
+    run("--markdown", text, file)
+    assert "\nNot measured: P=32 R=8 G=2, P=32 R=8 G=4.\n" in text.read_text()
     assert found.startswith("# Performance") and "Written by `pgcompile bench --plot" in found
 
 
-def test_a_wrong_pgcompile_fails_the_command(config, monkeypatch):
+@pytest.mark.parametrize("status", ["wrong", "error"])
+def test_a_wrong_or_failing_pgcompile_fails_the_command(config, status, monkeypatch):
     def give(case, model, work, *rest):
         record = Record.of(case, build(case, model.vocab_size), work, "step")
-        record.rows = [Row("pgcompile", "wrong", "the gradient: far off")]
+        record.rows = [Row("pgcompile", status, "the gradient: far off")]
         return record
 
     monkeypatch.setattr(command, "measure", give)
     result = run("--device", "cpu", "--model", config, *SMALL)
     assert result.exit_code == 1 and "the gradient: far off" in result.output
+
+
+@pytest.mark.parametrize(
+    "status, is_again", [("error", True), ("out of memory", True), ("unavailable", False)]
+)
+def test_failures_are_kept_with_their_reasons_until_a_retry(
+    config, measured, status, is_again, tmp_path, monkeypatch
+):
+    give = command.measure
+
+    def failing(*args):
+        record = give(*args)
+        record.rows[0].status, record.rows[0].reason, record.rows[0].seconds = status, "no luck", []
+        return record
+
+    monkeypatch.setattr(command, "measure", failing)
+    arguments = ("--device", "cpu", "--model", config, *SMALL, "--json", tmp_path / "r.json")
+    run(*arguments)
+    again = run(*arguments)
+    assert len(measured) == 1 and f"dense: {status}: no luck" in again.output
+    run(*arguments, "--retry")
+    assert len(measured) == 1 + is_again
+
+
+def test_a_model_that_fails_itself_is_a_reason(model, monkeypatch):
+    def fails(*_):
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(measure.Yardstick, "of", fails)
+    chosen = {name: CONTESTANTS[name] for name in ("dense", "pgcompile")}
+    record = measure.measure(SHAPES[0], model, count_work(model), chosen, "step", 1, {})
+    assert [row.status for row in record.rows] == ["error", "error"]
+    assert all(row.reason.endswith("IndexError: index out of range in self") for row in record.rows)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -619,7 +658,10 @@ def test_the_page_keeps_machines_and_settings_apart():
         (["--grid", "papers"], "'papers' is not one of"),
         (["--options", "iner=eager"], "did you mean 'inner'?"),
         (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["--options", "inner"], "Invalid value for --options: 'inner' isn't key=value"),
         (["--notes", __file__], "--notes needs --markdown"),
+        (["--retry"], "--retry needs --json"),
+        (["--plot", "a.xyz"], "a.xyz: matplotlib writes"),
     ],
 )
 def test_bad_arguments(args, message):
@@ -643,6 +685,23 @@ def test_bad_config_files(text, message, tmp_path):
     assert result.exit_code != 0 and message in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "isn't JSON"),
+        ("{}", "no records"),
+        ("[]", "no records"),
+        ('["a"]', "has no records"),
+        ("[{}]", "has no records"),
+    ],
+)
+def test_files_without_records(text, message, tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text(text)
+    result = run(file)
+    assert message in " ".join(result.output.split()) and isinstance(result.exception, SystemExit | None)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_cuda_device_is_said():
     assert "there is no CUDA device" in run("--device", "cuda").output
@@ -655,3 +714,20 @@ def test_json_is_replaced_whole(tmp_path):
     write_atomically(file, "one")
     write_atomically(file, "two")
     assert file.read_text() == "two" and [f.name for f in tmp_path.iterdir()] == ["a.json"]
+    link = Path(tmp_path / "link.json")
+    link.symlink_to(file)
+    write_atomically(link, "three")
+    assert link.is_symlink() and file.read_text() == "three"
+
+
+def test_what_is_no_file_is_written_to(tmp_path):
+    """/dev/stdout, say."""
+    from pgcompile.files import write_atomically
+
+    pipe = Path(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, "text")
+    assert os.read(reader, 99) == b"text" and pipe.is_fifo()
+    os.close(reader)
+    assert read(pipe) == []

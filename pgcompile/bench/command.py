@@ -9,7 +9,7 @@ import logging
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from .machine import describe, keep_freed_memory, limited_memory
 from .measure import measure
 from .models import SIZES, Model, build_model, count_work
 from .page import page, read_notes
-from .plot import draw
+from .plot import check_format, draw
 from .results import Record, read, write
 from .table import reasons, terminal_tables
 
@@ -106,6 +106,7 @@ class _Plan:
 @click.option(
     "--json", "json_file", type=_FILE, help="Keep records here; cases that it has aren't measured again."
 )
+@click.option("--retry", is_flag=True, help="With --json, measure cases again in which something failed.")
 @click.option("--plot", "picture", type=_FILE, help="Draw speed-up and memory over P/R.")
 @click.option("--markdown", "page_file", type=_FILE, help="Write the records as a page.")
 @click.option(
@@ -127,7 +128,7 @@ def bench(**given: Any) -> None:
     Weights are random and nothing is downloaded. With FILES, which --json wrote, nothing is measured: their records are
     shown, and drawn or written as a page.
 
-    Exits with 1 if pgcompile computes something else than the dense model, with 3 if cases are left.
+    Exits with 1 if pgcompile fails or computes something else than the dense model, with 3 if cases are left.
     """
     files: tuple[Path, ...] = given["files"]
     to_measure = [p.opts[0] for p in _typed() if p.name not in ("files", "picture", "page_file", "notes")]
@@ -138,8 +139,12 @@ def bench(**given: Any) -> None:
             raise click.UsageError(f"there is no folder {file.parent}")
     if given["notes"] is not None and given["page_file"] is None:
         raise click.UsageError("--notes needs --markdown, the page that they go into")
-    if given["picture"] is not None and importlib.util.find_spec("matplotlib") is None:
-        raise click.ClickException('matplotlib is not installed; pip install "pgcompile[bench]"')
+    if given["retry"] and given["json_file"] is None:
+        raise click.UsageError("--retry needs --json, the file with the cases")
+    if given["picture"] is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise click.ClickException('matplotlib is not installed; pip install "pgcompile[bench]"')
+        check_format(given["picture"])
     notes = read_notes(given["notes"]) if given["notes"] is not None else {}
     console = Console(highlight=False)
     code = 0
@@ -155,14 +160,17 @@ def bench(**given: Any) -> None:
         records = [record for file in files for record in read(file)]
     else:
         records, code = _measure_all(_plan(given), given, console)
-    if records:
+    if not records:
+        console.print("no records")
+    else:
         for table in terminal_tables(records, console.width):
             console.print(table)
         if given["page_file"] is not None:
             write_atomically(given["page_file"], page(records, notes, _command_line()))
         if given["picture"] is not None:
             draw(records, given["picture"])
-    if code == 0 and any(row.name == OURS and row.status == "wrong" for r in records for row in r.rows):
+    failures = ("wrong", "error")
+    if code == 0 and any(row.name == OURS and row.status in failures for r in records for row in r.rows):
         code = 1
     raise SystemExit(code)
 
@@ -172,7 +180,8 @@ def _measure_all(plan: _Plan, given: dict[str, Any], console: Console) -> tuple[
     file: Path | None = given["json_file"]
     known = read(file) if file is not None else []
     found = [(c, r) for c in plan.cases for r in known if r.has(c, plan.names, plan.settings, plan.machine)]
-    kept = {case.name: record for case, record in found}
+    kept = {case.name: record for case, record in found if not (given["retry"] and record.failed)}
+    _tell_reasons(kept.values(), console)
     left = [case for case in plan.cases if case.name not in kept]
     why, code = "the budget is spent", CASES_ARE_LEFT
     try:
@@ -215,10 +224,16 @@ def _measured(
             )
             record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
             record.date = _now()
-            for line in reasons(record):
-                console.print(f"{case.name}: {line}", markup=False, soft_wrap=True)
+            _tell_reasons([record], console)
             progress.advance(task, case.most_rows * case.most_tokens)
             yield case, record
+
+
+def _tell_reasons(records: Iterable[Record], console: Console) -> None:
+    """Why contestants have no figures."""
+    for record in records:
+        for line in reasons(record):
+            console.print(f"{record.name}: {line}", markup=False, soft_wrap=True)
 
 
 def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:

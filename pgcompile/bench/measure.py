@@ -102,17 +102,15 @@ def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: 
     if not any(runner.is_running for runner in runners):
         return
     tell("the truth, row by row")
-    yardstick = None
-    try:
+    truth = Row("the truth")
+    with _judged(truth):
         yardstick = Yardstick.of(model, batch, phase)
-    except Exception as error:  # no memory for the truth is an answer, anything else is raised
-        if not is_out_of_memory(error):
-            raise
     _free()
-    if yardstick is None:
+    if truth.status != "measured":
         for runner in runners:
             if runner.is_running:
-                runner.row.status, runner.row.reason = "out of memory", "computing what to compare with"
+                runner.row.status = truth.status
+                runner.row.reason = f"computing what to compare with: {truth.reason}"
         return
     for runner in runners:
         if runner.is_running:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 
+from .cases import GRIDS
 from .contestants import OURS
 from .results import Record
 from .table import name_of, reasons, used_columns
@@ -25,13 +28,15 @@ logits are computed for the answers only, and the optimizer isn't included. Weig
 in one process, after each has been checked: its log-probabilities and gradients are no further from those of the dense
 model in higher precision than twice what dense eager is. What differs more gets no figure.
 
-*speed-up*: over the faster of dense eager and dense inductor, both on SDPA's causal fast path and without a mask.
+*speed-up*: over the fastest dense contestant (`dense`, eager, and `dense-compiled`, inductor), on SDPA's causal fast
+path and without a mask.
 *ideal*: the operations of the dense batch (linear layers by tokens, logits by predictions, attention by query-key
 pairs) over those of its distinct tokens. *efficiency*: speed-up over ideal. *peak memory*: above what was allocated
 before the step; *of dense*: of the leaner dense contestant's; *of ideal*: of what that one needs for a batch of as
 many tokens and predictions as are distinct, which shares nothing. *MFU*: operations of what the contestant computes
 (distinct tokens, unless it is dense) over what the device could do in that time. *compile*: the first call less the
 median of the others. *planning*: share of pgcompile's step in which it finds what is shared; it is part of the step.
+pgcompile's version ends in a digest of its sources.
 """
 
 
@@ -76,6 +81,8 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
                 lines.append(_line([label, *(cell(record, row) for cell in columns.values())]))
     missing = list(dict.fromkeys(reason for record in records for reason in reasons(record)))
     lines += ["", "Without figures:", "", *(f"- {reason}" for reason in missing)] if missing else []
+    left = _not_measured(records)
+    lines += ["", f"Not measured: {', '.join(left)}."] if left else []
     below = [_below(record, notes) for record in records]
     explained = [text for text in below if text is not None]
     lines += ["", "Below 95% of the ideal:", "", *explained] if explained else []
@@ -88,7 +95,15 @@ def _below(record: Record, notes: Mapping[str, str]) -> str | None:
     if efficiency is None or efficiency >= ENOUGH:
         return None
     why = next((text for case, text in notes.items() if fnmatchcase(record.name, case)), "not explained yet")
-    return f"- {record.name}, {efficiency:.0%}: {why}"
+    return f"- {record.name}, {efficiency:.1%}: {why}"
+
+
+def _not_measured(records: Sequence[Record]) -> list[str]:
+    """Cases of the grids that these commands name."""
+    words = [word for record in records for word in shlex.split(record.command)]
+    grids = {grid for option, grid in pairwise(words) if option == "--grid"}
+    names = {record.name for record in records}
+    return [case.name for grid in GRIDS if grid in grids for case in GRIDS[grid] if case.name not in names]
 
 
 def _line(cells: Sequence[str]) -> str:

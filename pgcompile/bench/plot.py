@@ -12,6 +12,20 @@ from .contestants import OURS
 from .results import Record, Row
 
 
+def check_format(path: Path) -> None:
+    """Before anything is measured.
+
+    Raises:
+        click.BadParameter: if matplotlib can't write such a file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in {*known, ""}:
+        text = f"{path.name}: matplotlib writes {', '.join(sorted(known))}"
+        raise click.BadParameter(text, param_hint="--plot")
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
     """Draw what is made of groups with a prompt.
 

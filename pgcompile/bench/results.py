@@ -107,6 +107,11 @@ class Record:
         return self.operations["dense"] / self.operations["distinct"]
 
     @property
+    def failed(self) -> bool:
+        """Has a contestant no figure that might have one another time?"""
+        return any(row.status in ("error", "out of memory") for row in self.rows)
+
+    @property
     def baseline(self) -> Row | None:
         """The fastest dense contestant."""
         dense = [row for row in self.rows if row.is_dense and row.median is not None]
@@ -168,12 +173,14 @@ def read(path: Path) -> list[Record]:
     Raises:
         click.ClickException: if it isn't a file of records.
     """
-    if not path.exists():
+    if not path.is_file():
         return []
     try:
         return [Record.from_dict(found) for found in json.loads(path.read_text())]
-    except (ValueError, TypeError, KeyError) as error:
-        raise click.ClickException(f"{path} has no records of `pgcompile bench`: {error!r}") from None
+    except ValueError as error:
+        raise click.ClickException(f"{path} isn't JSON: {error}") from None
+    except (TypeError, KeyError):
+        raise click.ClickException(f"{path} has no records of `pgcompile bench --json`") from None
 
 
 def write(path: Path, records: Sequence[Record]) -> None:

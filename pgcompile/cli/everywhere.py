@@ -156,8 +156,11 @@ class Everywhere:
         """At exit: a report without a model looks like one of a run in which nothing was to be gained."""
         if not self.models:
             seen = f"; seen: {', '.join(sorted(self._seen))}" if self._seen else ""
-            text = "no module with an embedding, of a class like %r, was called with token ids%s"
-            log.warning("pgcompile: no model was compiled: " + text, self.only, seen)
+            like = "" if self.only == "*" else f", of a class like {self.only!r},"
+            text = (
+                "pgcompile: no model was compiled: no module with an embedding%s was called with token ids%s"
+            )
+            log.warning(text, like, seen)
 
     def report(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: fit for JSON."""

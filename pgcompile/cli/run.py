@@ -64,7 +64,12 @@ class Script:
             if isinstance(source, types.CodeType)
             else compile(source, str(main.__file__), "exec", dont_inherit=True)
         )
-        exec(code, vars(main))
+        try:
+            exec(code, vars(main))
+        except BaseException as error:
+            if not (isinstance(error, SystemExit) and error.code in (None, 0)):
+                atexit.unregister(everywhere.warn_if_unused)  # it has another reason to look for
+            raise
 
     def load(self) -> tuple[types.ModuleType, bytes | types.CodeType]:
         """A module `__main__`, empty, and what is to run in it.
@@ -112,7 +117,7 @@ def parse_options(given: Iterable[str]) -> Options:
     for pair in given:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise click.BadParameter(f"{pair!r} isn't key=value")
+            raise click.BadParameter(f"{pair!r} isn't key=value", param_hint="--options")
         try:
             found[key.strip()] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -120,7 +125,7 @@ def parse_options(given: Iterable[str]) -> Options:
     try:
         return Options.of(found)
     except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error), param_hint="--options") from None
 
 
 def write_report(path: Path, everywhere: Everywhere) -> None:
