@@ -74,7 +74,7 @@ def draws(test):
     return given(**arguments)(test)
 
 
-@fuzz(50)
+@fuzz(40)
 @draws
 def test_drawn_models(parts, padding, seed, dynamic):
     check(parts, padding, seed, dynamic)

@@ -15,8 +15,7 @@ from refusals import CASES, HEADS, HIDDEN, Stream
 SIZES = {
     "generic": (6, 10),
     "rows_equal_positions": (5, 5),
-    "rows_equal_heads": (HEADS, 7),
-    "positions_equal_hidden": (6, HIDDEN),
+    "rows_equal_heads_and_positions_equal_hidden": (HEADS, HIDDEN),
 }
 THIS_FILE = "refusals.py"
 

@@ -51,7 +51,9 @@ def page(records: Sequence[Record], notes: Mapping[str, str], command: str) -> s
     for record in records:
         groups.setdefault(repr((record.machine, record.settings)), []).append(record)
     sections = [_section(group, notes) for group in groups.values()]
-    return "\n".join([PAGE.format(command=command), *sections])
+    left = _not_measured(records)
+    last = [f"Not measured: {', '.join(left)}.\n"] if left else []
+    return "\n".join([PAGE.format(command=command), *sections, *last])
 
 
 def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
@@ -81,8 +83,6 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
                 lines.append(_line([label, *(cell(record, row) for cell in columns.values())]))
     missing = list(dict.fromkeys(reason for record in records for reason in reasons(record)))
     lines += ["", "Without figures:", "", *(f"- {reason}" for reason in missing)] if missing else []
-    left = _not_measured(records)
-    lines += ["", f"Not measured: {', '.join(left)}."] if left else []
     below = [_below(record, notes) for record in records]
     explained = [text for text in below if text is not None]
     lines += ["", "Below 95% of the ideal:", "", *explained] if explained else []

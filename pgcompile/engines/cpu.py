@@ -218,7 +218,7 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call: B ranges of queries and as many of keys, each within a segment.
+    """One kernel call: B ranges of queries and as many of keys, each of these within a segment.
 
     Args:
         is_causal: tokens attend themselves. Otherwise they attend tokens before all of them.
