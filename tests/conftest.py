@@ -1,4 +1,4 @@
-"""No test reads what a device was calibrated to (it would pack other batches than elsewhere), or writes Dynamo's log."""
+"""No test reads what a device was calibrated to (it would pack other batches than elsewhere) or writes Dynamo's log."""
 
 import logging
 import os
