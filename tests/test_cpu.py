@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgcompile.engines import cpu
-from trees import Tree, random_tree, tree_of_rows
+from trees import random_tree, tree_of_rows
 
 TREES = {
     **{f"random {seed}": lambda seed=seed: random_tree(seed, rows=14, length=12) for seed in range(4)},
@@ -15,14 +15,6 @@ TREES = {
     "group": lambda: tree_of_rows([[0] * 16 + [n] * 16 for n in range(1, 4)]),
     "ragged": lambda: tree_of_rows([[0] * 13 + [n] * (3 * n) for n in range(1, 6)]),
 }
-
-
-def visible(tree: Tree) -> torch.Tensor:
-    """bool [T, T]: key s is on the path of token t, found by parent pointers."""
-    seen = torch.zeros(tree.tokens, tree.tokens, dtype=torch.bool)
-    for token in range(tree.tokens):
-        seen[token, tree.path(token)] = True
-    return seen
 
 
 @pytest.mark.parametrize("causal_tokens", [1, 4, 256])
@@ -36,7 +28,7 @@ def test_every_pair_is_computed_once(name, causal_tokens, monkeypatch):
         assert len(queries.unique()) == queries.numel() and len(keys.unique()) == keys.numel()
         pairs = torch.ones(len(queries), queries.shape[1], keys.shape[1], dtype=torch.int64)
         times[queries[..., None], keys[:, None]] += pairs.tril() if call.is_causal else pairs
-    assert torch.equal(times, visible(tree).long())
+    assert torch.equal(times, tree.visible().long())
 
 
 @pytest.mark.parametrize("causal_tokens", [1, 4, 256])

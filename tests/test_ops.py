@@ -350,9 +350,7 @@ def test_attention_rounds_no_worse_than_sdpa(dtype, engine):
     tree = random_tree(4, rows=24, length=40)
     assert tree.tokens > 3 * reference.QUERY_BLOCK
     qkv = [x.to(dtype) for x in inputs(tree, heads=4, key_heads=2, size=32, value_size=32)]
-    mask = torch.zeros(tree.tokens, tree.tokens, dtype=torch.bool)
-    for token in range(tree.tokens):
-        mask[token, tree.path(token)] = True
+    mask = tree.visible()
 
     def sdpa(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=0.2, enable_gqa=True)

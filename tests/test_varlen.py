@@ -219,9 +219,7 @@ def test_rounds_no_worse_than_sdpa(dtype, way, log):
     """Truth is float64 on the rounded inputs, the yardstick SDPA in the dtype."""
     tree = random_tree(4, rows=24, length=20)
     qkv = [x.to(dtype) for x in inputs(tree, heads=4, key_heads=2, size=32, value_size=32)]
-    mask = torch.zeros(tree.tokens, tree.tokens, dtype=torch.bool)
-    for token in range(tree.tokens):
-        mask[token, tree.path(token)] = True
+    mask = tree.visible()
 
     def sdpa(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=0.2, enable_gqa=True)

@@ -25,6 +25,13 @@ class Tree:
         """The token's row up to itself, root first."""
         return [token] if self.parent[token] < 0 else [*self.path(self.parent[token]), token]
 
+    def visible(self) -> Tensor:
+        """bool [T, T]: the second token is on the path of the first."""
+        seen = torch.zeros(self.tokens, self.tokens, dtype=torch.bool)
+        for token in range(self.tokens):
+            seen[token, self.path(token)] = True
+        return seen
+
 
 def tree_of_rows(rows: list[list[int]]) -> Tree:
     """One class per distinct prefix of the rows."""

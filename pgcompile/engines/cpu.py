@@ -239,7 +239,7 @@ class Cutter:
 
     mask: TreeMask
 
-    @property
+    @functools.cached_property
     def bites(self) -> bool:
         """Is any key hidden at all?"""
         if self.mask.window is not None and int(self.mask.depth_T.max()) >= self.mask.window:
@@ -285,16 +285,17 @@ class Cutter:
         """How many of the first keys lie before every query's window. (Within a segment, depths go up by one.)"""
         if self.mask.window is None:
             return 0
-        between_BL = self.mask.depth_T[call.queries.indices_BL] - self.mask.depth_T[call.keys.starts][:, None]
-        return max(0, int(between_BL.min()) - self.mask.window + 1)
+        return max(0, int(self.distances(call).min()) - self.mask.window + 1)
+
+    def distances(self, call: Call) -> Tensor:
+        """int64 [B, L]: how many tokens a query is behind the first key."""
+        return self.mask.depth_T[call.queries.indices_BL] - self.mask.depth_T[call.keys.starts][:, None]
 
     def hides(self, call: Call) -> bool:
         """Is a key hidden? Looks at tokens, not at pairs, so it may say yes where one is hidden from nobody."""
+        if self.mask.window is not None and int(self.distances(call).max()) >= self.mask.window:
+            return True
         queries_BL, keys_BS = call.queries.indices_BL, call.keys.indices_BL
-        if self.mask.window is not None:
-            between_BL = self.mask.depth_T[queries_BL] - self.mask.depth_T[call.keys.starts][:, None]
-            if int(between_BL.max()) >= self.mask.window:
-                return True
         if not all(valid_T[keys_BS].all() for valid_T in self.mask.key_valid):
             return True
         for value_T in self.mask.same_value:

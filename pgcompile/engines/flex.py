@@ -40,7 +40,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What code is chosen for where the number of tokens counts: short queries would get a kernel for decoding.
 TYPICAL_TOKENS = 100003
 
-# Kernels count numbers of a tensor in 32 bits; with larger hints too, they find a block's tokens so.
+# Of a tensor: kernels find a block's tokens in 32 bits, whatever the hint.
 MOST_NUMBERS = (1 << 31) - 1
 
 # What the public function passes to the operators. A query may see nothing ("safe" rows are those that see something).
