@@ -17,20 +17,19 @@ from torch import fx
 
 from .attention_scores import (
     Bias,
-    is_cast,
     is_scores,
-    lead,
     read_added,
+    read_condition,
     read_scores,
     regroups_heads,
     summands,
 )
-from .graph import aten, bound_args, grad_mode, node_arg, same_size, shape, val
+from .graph import aten, bound_args, grad_mode, is_cast, node_arg, same_size, shape, val
 from .layout import KEY, plain_size
-from .mask_formula import CAUSAL, MaskFormula, conjoin, read_allowed, require_causal
+from .mask_formula import CAUSAL, MaskFormula, conjoin, require_causal
 from .propagate import Analysis
 from .reasons import Unsupported
-from .rules import PROLOGUE, WEIGHT
+from .rules import WEIGHT
 from .softmax_forms import softmax_with_sink
 
 
@@ -149,11 +148,7 @@ def _sdpa_terms(
         )
     if val(mask).dtype != torch.bool:
         return read_added(mask, node_arg(node, 0), node, analysis)
-    if analysis.kind(mask) != PROLOGUE:
-        return Unsupported(
-            "mask_not_understood", node, "the attention mask is computed from activations or parameters"
-        )
-    read = read_allowed(mask, alone=False, lead=lead(node_arg(node, 0), analysis))
+    read = read_condition(mask, node_arg(node, 0), analysis)
     return read if isinstance(read, Unsupported) else [read]
 
 

@@ -1,6 +1,7 @@
 """Attention scores: what becomes of the product of queries and keys before the softmax.
 
     matmul(q, kᵀ) → {cast, scale, bias of keys}* → {tanh → scale}? → {cast, scale, bias of keys, mask}*
+                  → {at least the lowest number}?
 
 Read backwards, from the softmax to the product.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, bound_args, node_arg, shape, val
+from .graph import aten, bound_args, is_cast, node_arg, shape, val
 from .layout import KEY, POSITION, Dim, plain_size
 from .mask_expr import Const
 from .mask_formula import MaskFormula, lowest, read_additive, read_allowed
@@ -75,6 +76,7 @@ class AttentionScores:
         product: the product of queries and keys; while reading, the last node that was read.
         scale: while reading, the factor since the cap, if one was read.
         grows: while reading, whether there was a factor larger than 1, which makes the lowest number infinite.
+        least: what scores are raised to at the end, masked ones too.
         after_cap: the factor of the tanh; `softcap` is its size.
     """
 
@@ -82,6 +84,7 @@ class AttentionScores:
     masks: list[MaskFormula] = field(default_factory=list)
     scale: float = 1.0
     grows: bool = False
+    least: float = -math.inf
     softcap: float | None = None
     after_cap: float = 1.0
     biases: list[Bias] = field(default_factory=list)
@@ -104,7 +107,7 @@ class AttentionScores:
         if isinstance(added, Bias):
             self.biases.append(replace(added, factor=added.factor * self.scale * self.after_cap))
         else:
-            self.masks.append(replace(added, depth=added.depth * self.scale))
+            self.masks.append(replace(added, depth=min(added.depth * self.scale, -self.least)))
 
     def multiply(self, factor: float) -> None:
         self.scale *= factor
@@ -129,6 +132,10 @@ class _Masking:
     negated: bool
     depth: float
 
+    def read(self, scores: fx.Node, analysis: Analysis) -> MaskFormula | Unsupported:
+        found = read_condition(self.condition, scores, analysis, self.negated)
+        return found if isinstance(found, Unsupported) else replace(found, depth=self.depth)
+
 
 def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsupported:
     """What a softmax gets, back to the product of queries and keys."""
@@ -140,6 +147,10 @@ def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsuppor
                 return Unsupported("token_mixing", node, "a bias is added to capped scores")
             read.cap()
             read.product = node_arg(node, 0)
+            continue
+        clamped = _as_clamped(node) if read == AttentionScores(node) else None
+        if clamped is not None:
+            read.product, read.least = clamped
             continue
         is_product = node.target is aten.baddbmm.default
         step = (_read_baddbmm if is_product else _read_step)(node, analysis)
@@ -171,11 +182,6 @@ def is_scores(node: Any, analysis: Analysis) -> bool:
     return value is not None and bool(value.layouts) and value.layout.has(KEY)
 
 
-def is_cast(node: fx.Node) -> bool:
-    """A cast between floating types, or a copy."""
-    return node.target in _CASTS and val(node).dtype.is_floating_point
-
-
 def regroups_heads(node: fx.Node, analysis: Analysis) -> bool:
     """A view of scores or probabilities that leaves queries and keys alone: `[N*H, S, S]` as `[N, H, S, S]`."""
     if node.target not in _VIEWS:
@@ -192,13 +198,11 @@ def lead(scores: fx.Node, analysis: Analysis) -> tuple[Dim, ...]:
 # What no score comes near: the lowest number may be divided and still masks.
 _DEPTH = 1e30
 _PRODUCTS = {aten.matmul.default, aten.bmm.default}
-_CASTS = {
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
-    aten.contiguous.default, aten.type_as.default, aten.alias.default,
-}  # fmt: skip
 _MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar}
 _DIVISIONS = {aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor}
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_VIEWS = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+}  # fmt: skip
 _WHERES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 
 
@@ -217,7 +221,7 @@ def _read_step(node: fx.Node, analysis: Analysis) -> _Step | Unsupported:
             return _Step(args[1], number)
     masking = _as_masking(node)
     if masking is not None:
-        found = _read_condition(masking, masking.kept, analysis)
+        found = masking.read(masking.kept, analysis)
         return found if isinstance(found, Unsupported) else _Step(masking.kept, added=[found])
     if target is aten.add.Tensor and kwargs.get("alpha", 1) == 1:
         scores, added = args[:2] if is_scores(args[0], analysis) else (args[1], args[0])
@@ -242,6 +246,20 @@ def _read_baddbmm(node: fx.Node, analysis: Analysis) -> _Step | Unsupported:
         return Unsupported("finite_mask", node, "a finite mask is scaled")
     terms = [replace(t, factor=t.factor * beta) if isinstance(t, Bias) else t for t in terms]
     return _Step(node, float(alpha), terms)
+
+
+def read_condition(
+    condition: fx.Node, scores: fx.Node, analysis: Analysis, negated: bool = False
+) -> MaskFormula | Unsupported:
+    """A boolean mask: true where attention is allowed, or `negated`.
+
+    Args:
+        scores: a node with the dims of the scores, up to those of queries and keys.
+    """
+    if analysis.kind(condition) != PROLOGUE:
+        text = "the attention mask is computed from activations or parameters"
+        return Unsupported("mask_not_understood", condition, text)
+    return read_allowed(condition, negated=negated, alone=False, lead=lead(scores, analysis))
 
 
 def read_added(
@@ -271,7 +289,7 @@ def read_added(
     masking = _as_masking(added)
     parts: list[Any] = []
     if masking is not None:
-        parts = [_read_condition(masking, scores, analysis), read_added(masking.kept, scores, user, analysis)]
+        parts = [masking.read(scores, analysis), read_added(masking.kept, scores, user, analysis)]
     elif added.target is aten.add.Tensor and kwargs.get("alpha", 1) == 1 and isinstance(args[1], fx.Node):
         parts = [read_added(x, scores, user, analysis) for x in args[:2]]
     if not parts or any(isinstance(part, Unsupported) for part in parts):
@@ -315,13 +333,20 @@ def _as_masking(node: fx.Node) -> _Masking | None:
     return None
 
 
-def _read_condition(masking: _Masking, scores: fx.Node, analysis: Analysis) -> MaskFormula | Unsupported:
-    condition = masking.condition
-    if analysis.kind(condition) != PROLOGUE:
-        text = "the attention mask is computed from activations or parameters"
-        return Unsupported("mask_not_understood", condition, text)
-    found = read_allowed(condition, negated=masking.negated, alone=False, lead=lead(scores, analysis))
-    return found if isinstance(found, Unsupported) else replace(found, depth=masking.depth)
+def _as_clamped(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """Scores, and what they are raised to, if that is no more than the lowest number."""
+    args, _ = bound_args(node)
+    if node.target in (aten.maximum.default, aten.max.other):
+        choices = [args, args[::-1]]
+    elif node.target in (aten.clamp_min.default, aten.clamp.default) and args[2:] in ((), (None,)):
+        choices = [args[:2]]
+    else:
+        return None
+    for scores, number in choices:
+        least = _constant(number, node)
+        if least is not None and least <= lowest(val(node).dtype):
+            return scores, least
+    return None
 
 
 def _constant(x: Any, user: fx.Node) -> float | None:

@@ -305,6 +305,17 @@ def bound_args(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(positional), keywords
 
 
+_CASTS = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
+    aten.contiguous.default, aten.type_as.default, aten.alias.default,
+}  # fmt: skip
+
+
+def is_cast(node: fx.Node) -> bool:
+    """A cast to a floating type, or a copy."""
+    return node.target in _CASTS and val(node).dtype.is_floating_point
+
+
 # Operations that may return their argument or a view of it without saying so in their schema.
 MAY_ALIAS = {
     "aten::to", "aten::contiguous", "aten::reshape", "aten::flatten", "aten::type_as", "aten::dropout",

@@ -2,15 +2,18 @@
 
     softmax(x - x.max(dim, keepdim=True))         →  softmax(x)
     softmax(cat([x, sink], dim), dim)[..., :-1]   →  softmax_with_sink(x, sink, dim)
+    softmax(x) @ v * sigmoid(logsumexp(x) - sink) →  softmax_with_sink(x, sink, -1) @ v
 
 Attention sinks are written so: a score for each head that takes part in the softmax, and whose weight is cut off
-again. The operator keeps the tensor's sizes, so that weights stay weights over keys.
+again; or the share of all weights that this score leaves to the keys. The operator keeps the tensor's sizes, so that
+weights stay weights over keys.
 
 Where a write or a switch of grad mode or autocast lies in between, nothing is rewritten.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Callable
@@ -20,7 +23,7 @@ import torch
 from torch import fx
 from torch.library import Library
 
-from .graph import aten, bound_args, is_anything_between, same_size, shape, val
+from .graph import aten, bound_args, call, is_anything_between, is_cast, is_tensor, same_size, shape, val
 
 _LIBRARY = Library("pgcompile", "FRAGMENT")
 _LIBRARY.define("softmax_with_sink(Tensor x, Tensor sink, int dim, ScalarType? dtype=None) -> Tensor")
@@ -96,7 +99,74 @@ def without_sink_column(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return graph.call_function(softmax_with_sink, (x, sink, dim % rank, dtype))
 
 
+def without_sink_gate(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """Attention's output, times the share that a sink leaves to keys."""
+    factors: Any = node.args
+    for output, gate in itertools.permutations(factors):
+        if not is_tensor(output) or output.target not in (aten.matmul.default, aten.bmm.default):
+            continue
+        softmax, *between = _since_softmax(output.args[0])
+        if softmax.target is not aten.softmax.int:
+            continue
+        x, dim, dtype = bound_args(softmax)[0]
+        last = len(shape(x)) - 1
+        sink = _sink_of_gate(graph, gate, x)
+        if sink is None or dim % (last + 1) != last or is_anything_between(x, node):
+            continue
+        new = graph.call_function(softmax_with_sink, (x, sink, last, dtype))
+        new.meta = dict(softmax.meta)
+        for old in (*between, output):
+            weights, new = new, graph.node_copy(old)
+            new.update_arg(0, weights)
+        wide = val(node).dtype
+        return new if val(output).dtype == wide else graph.call_function(aten.to.dtype, (new, wide))
+    return None
+
+
+def _since_softmax(weights: Any) -> list[Any]:
+    """The softmax, and what becomes of its weights until they meet values: casts and dropout."""
+    found = [weights]
+    while is_cast(found[0]) or found[0].target is aten.dropout.default:
+        found.insert(0, found[0].args[0])
+    return found
+
+
+def _sink_of_gate(graph: fx.Graph, gate: Any, x: fx.Node) -> fx.Node | None:
+    """The sink in `sigmoid(logsumexp(x, -1) - sink)`, broadcasting to size 1 in the last dim."""
+    rank = len(shape(x))
+    if not is_tensor(gate) or len(shape(gate)) != rank:
+        return None
+    share = _before_casts(gate)
+    if share.target is not aten.sigmoid.default:
+        return None
+    difference = _before_casts(share.args[0])
+    if difference.target is not aten.sub.Tensor or difference.kwargs.get("alpha", 1) != 1:
+        return None
+    minuend, sink = difference.args
+    total = _before_casts(minuend)
+    if total.target is not aten.logsumexp.default or not is_tensor(sink):
+        return None
+    source, dims, _ = bound_args(total)[0]
+    if source is not x or [d % rank for d in dims] != [rank - 1] or not _same_shape(minuend, difference):
+        return None
+    return sink if len(shape(difference)) == rank else call(graph, aten.unsqueeze.default, sink, -1)
+
+
+def _same_shape(x: fx.Node, y: fx.Node) -> bool:
+    return len(shape(x)) == len(shape(y)) and all(map(same_size, shape(x), shape(y)))
+
+
+def _before_casts(node: Any) -> Any:
+    """Before casts, and before a last dim of size 1 was added."""
+    while is_cast(node) or (
+        node.target is aten.unsqueeze.default and node.args[1] in (-1, len(shape(node)) - 1)
+    ):
+        node = node.args[0]
+    return node
+
+
 SOFTMAXES: dict[Any, Callable[[fx.Graph, fx.Node], fx.Node | None]] = {
     aten.softmax.int: without_max,
     aten.slice.Tensor: without_sink_column,
+    aten.mul.Tensor: without_sink_gate,
 }

@@ -88,7 +88,7 @@ class Case:
         """The lines of this file that a refusal may name; the whole function where none is marked."""
         functions = [Stream.forward] if self.embedding else [self.op]
         if self.place == "attention":
-            functions += [causal_mask, scores_of, _with_sinks]
+            functions += [causal_mask, scores_of, _with_sinks, _masked_scores]
         marked, spanned = set(), set()
         for function in functions:
             source, first = inspect.getsourcelines(function)
@@ -1690,12 +1690,138 @@ def sinks_that_differ_by_position(m, q, k, v, ids, mask):
     return torch.cat([scores, sinks.flip(2)], -1).softmax(-1)[..., :-1] @ v
 
 
-# Writes and switches of grad mode between what makes up one softmax.
 SINKS = dict(module=lambda: nn.Linear(1, HEADS, bias=False))
+
+
+def _masked_scores(q, k):
+    return scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+
+
+@attention(PACKS, **SINKS)
+def sinks_as_a_gate(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    share = (scores.logsumexp(dim=-1) - m.extra.weight.view(1, -1, 1)).to(torch.float64).sigmoid()
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float64).to(v.dtype), p=0.0)
+    return (weights @ v) * share.unsqueeze(-1).to(v.dtype)
+
+
+@attention(PACKS, padding="left", **SINKS)
+def sinks_as_a_gate_with_the_dim_kept(m, q, k, v, ids, mask):
+    allowed = causal_mask(q.shape[-2]) & mask[:, None, None].bool()
+    scores = scores_of(q, k).masked_fill(~allowed, torch.finfo(q.dtype).min)
+    return (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid() * (scores.softmax(3) @ v)
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL), **SINKS)
+def gate_of_other_scores(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return (scores.softmax(-1) @ v) * ((scores * 2).logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid()
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL), **SINKS)
+def gate_of_a_sum_over_queries(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return (scores.softmax(-1) @ v) * (scores.logsumexp(-2) - m.extra.weight[None]).sigmoid()[..., None]
+
+
+@attention(either(*BOTH, *NOT_CAUSAL), **SINKS)
+def gate_of_what_sinks_take(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return (scores.softmax(-1) @ v) * (_sinks(m) - scores.logsumexp(-1, keepdim=True)).sigmoid()
+
+
+@attention(either(*BOTH, *NOT_CAUSAL), **SINKS)
+def gate_with_another_function(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return (scores.softmax(-1) @ v) * (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid().sigmoid()
+
+
+@attention(either(*BOTH, *NOT_CAUSAL), **SINKS)
+def gate_with_sinks_that_weigh_more(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    total = scores.logsumexp(-1, keepdim=True)
+    return (scores.softmax(-1) @ v) * torch.sub(total, _sinks(m), alpha=2).sigmoid()
+
+
+@attention(either(*BOTH, *NOT_CAUSAL), module=lambda: nn.Linear(1, HIDDEN // HEADS, bias=False))
+def gate_that_differs_by_value(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return (scores.softmax(-1) @ v) * (scores.logsumexp(-1, keepdim=True) - m.extra.weight[:, 0]).sigmoid()
+
+
+@attention(either(*BOTH, *NOT_CAUSAL), **SINKS)
+def gate_of_queries(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return (scores.softmax(-1) @ v) * (scores.logsumexp(-1) - q.sum(-1)).sigmoid()[..., None]
+
+
+@attention(PACKS, padding="left")
+def scores_raised_to_the_lowest_number(m, q, k, v, ids, mask):
+    low = torch.finfo(q.dtype).min
+    added = torch.full((q.shape[-2], q.shape[-2]), low, dtype=q.dtype).triu(1)
+    added = added.masked_fill(~mask[:, None, None].bool(), low)
+    scores = torch.max(scores_of(q, k) + added, torch.full((), low, dtype=q.dtype))
+    return scores.flatten(0, 1).softmax(-1).view(-1, HEADS, *q.shape[-2:-1] * 2) @ v
+
+
+@attention(PACKS)
+def scores_clamped_at_the_lowest_number(m, q, k, v, ids, mask):
+    return _masked_scores(q, k).clamp(min=torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL))
+def scores_clamped_at_a_number(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k).clamp(min=-5.0)  # <--
+    return scores.softmax(-1) @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL))
+def scores_clamped_from_above_too(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k).clamp(torch.finfo(q.dtype).min, 0.1)  # <--
+    return scores.softmax(-1) @ v
+
+
+@attention(refused(*BOTH, *NOT_CAUSAL))
+def scores_clamped_and_scaled_away(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k).clamp(min=torch.finfo(q.dtype).min)  # <--
+    return (scores * 1e-308).softmax(-1) @ v
+
+
+# Writes and switches of grad mode between what makes up one softmax.
 
 
 def _sinks(m):
     return m.extra.weight[None, :, :, None]
+
+
+@attention(WRITTEN, **SINKS)
+def scores_written_before_the_gate(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    output = scores.softmax(-1) @ v
+    scores[..., 0] = 1.0
+    return output * (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid()
+
+
+@attention(WRITTEN, **SINKS)
+def values_written_before_the_gate(m, q, k, v, ids, mask):
+    scores, v = _masked_scores(q, k), v.clone()
+    output = scores.softmax(-1) @ v
+    v.mul_(2)
+    return output * (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid()
+
+
+@attention(WRITTEN, **SINKS)
+def gate_without_gradient(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    with torch.no_grad():
+        gate = (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid()
+    return scores.softmax(-1) @ v * gate
+
+
+@attention(WRITTEN, **SINKS)
+def gate_of_detached_scores(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    return scores.softmax(-1) @ v * (scores.detach().logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid()
 
 
 @attention(WRITTEN, padding="right", **SINKS)
