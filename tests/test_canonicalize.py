@@ -77,6 +77,14 @@ SPELLINGS = {
     "softmax with a sink, every other weight": (
         lambda x, t: torch.cat([x, x[..., :1]], -1).softmax(-1)[..., :-1:2], ["softmax_with_sink"], ["cat"],
     ),
+    "softmax behind the share that a sink leaves": (
+        lambda x, t: (x.logsumexp(-1) - x[:1, :, 0]).sigmoid()[..., None] * (x.softmax(-1).to(x.dtype) @ x.mT),
+        ["logsumexp", "sigmoid"], ["softmax_with_sink"],
+    ),
+    "softmax behind the shares that several sinks leave": (
+        lambda x, t: (lambda y: (y.logsumexp(-1, True) - x[..., :1]).sigmoid() * (y.softmax(-1) @ x.mT))(x[:, :1]),
+        ["softmax_with_sink"], ["logsumexp", "sigmoid"],
+    ),
     "sum of a matrix": (lambda x, t: x[0].sum(), [], ["sum"]),
 }  # fmt: skip
 
