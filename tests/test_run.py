@@ -1,5 +1,6 @@
 """`pgcompile run`: a script's models go through pgcompile, and nothing else of it changes."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -160,14 +161,24 @@ def test_bad_command_lines(arguments, says, monkeypatch, capsys):
     assert ended.value.code in (1, 2) and says in capsys.readouterr().err
 
 
-@pytest.fixture
-def everywhere():
+@contextlib.contextmanager
+def switched_on(options):
     torch._dynamo.reset()
     pgcompile.reset_stats()
-    found = Everywhere(Options(inner="eager", min_saving=0))
-    switch_on(found)
-    yield found
-    switch_off()
+    found = Everywhere(options)
+    # not by monkeypatch: pytest 9.2 undoes by deleting, and torch's settings can't be deleted
+    with torch._functorch.config.patch(donated_buffer=True):
+        switch_on(found)
+        try:
+            yield found
+        finally:
+            switch_off()
+
+
+@pytest.fixture
+def everywhere():
+    with switched_on(Options(inner="eager", min_saving=0)) as found:
+        yield found
     assert nn.Linear(2, 2)._compiled_call_impl is None
 
 
@@ -308,19 +319,14 @@ def test_other_tracers(everywhere):
     assert [m.decisions for m in everywhere.models] == [{"packed": 2}]
 
 
-def test_backward_twice(monkeypatch):
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-    torch._dynamo.reset()
-    switch_on(Everywhere(Options(inner="inductor", min_saving=0)))
-    try:
+def test_backward_twice():
+    with switched_on(Options(inner="inductor", min_saving=0)):
         model = GPT2Conv1D(layers=1)
         loss = model(**BATCH.inputs).square().sum()
         loss.backward(retain_graph=True)
         first = model.wte.weight.grad.clone()
         loss.backward()
         torch.testing.assert_close(model.wte.weight.grad, 2 * first)
-    finally:
-        switch_off()
 
 
 def test_it_says_that_padding_is_zero(everywhere, caplog):
