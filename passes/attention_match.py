@@ -24,7 +24,7 @@ from .attention_scores import (
     regroups_heads,
     summands,
 )
-from .graph import aten, bound_args, grad_mode, is_cast, node_arg, same_size, shape, val
+from .graph import aten, bound_args, grad_mode, is_cast, is_inactive_dropout, node_arg, same_size, shape, val
 from .layout import KEY, plain_size
 from .mask_formula import CAUSAL, MaskFormula, conjoin, require_causal
 from .propagate import Analysis
@@ -211,8 +211,7 @@ _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default,
 def _skip_casts(node: Any, analysis: Analysis) -> Any:
     """Through casts, views and inactive dropout (active dropout was refused by its rule)."""
     while isinstance(node, fx.Node):
-        inactive = node.target is aten.dropout.default and not (node.args[1] and node.args[2])
-        if not (is_cast(node) or inactive or regroups_heads(node, analysis)):
+        if not (is_cast(node) or is_inactive_dropout(node) or regroups_heads(node, analysis)):
             break
         node = node.args[0]
     return node

@@ -89,6 +89,11 @@ class AttentionScores:
     after_cap: float = 1.0
     biases: list[Bias] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Were only casts and views read until here?"""
+        return self == AttentionScores(self.product)
+
     def cap(self) -> None:
         self.softcap, self.after_cap, self.scale = abs(self.scale), self.scale, 1.0
 
@@ -116,11 +121,12 @@ class AttentionScores:
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation: the scores that it takes, their factor, and what it adds to them."""
+    """One operation: the scores that it takes, their factor, what it adds to them, and what they are raised to."""
 
     scores: fx.Node
     factor: float = 1.0
     added: Sequence[MaskFormula | Bias] = ()
+    least: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,10 +154,6 @@ def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsuppor
             read.cap()
             read.product = node_arg(node, 0)
             continue
-        clamped = _as_clamped(node) if read == AttentionScores(node) else None
-        if clamped is not None:
-            read.product, read.least = clamped
-            continue
         is_product = node.target is aten.baddbmm.default
         step = (_read_baddbmm if is_product else _read_step)(node, analysis)
         if isinstance(step, Unsupported):
@@ -164,6 +166,11 @@ def read_scores(node: fx.Node, analysis: Analysis) -> AttentionScores | Unsuppor
             return Unsupported(
                 "row_layout", node, "something gives scores heads or rows that queries don't have"
             )
+        if step.least is not None:
+            if not read.is_empty:
+                text = "scores are raised to the lowest number, and changed after that"
+                return Unsupported("finite_mask", node, text)
+            read.least = step.least
         for term in step.added:
             refusal = read.why_not(term)
             if refusal is not None:
@@ -219,6 +226,9 @@ def _read_step(node: fx.Node, analysis: Analysis) -> _Step | Unsupported:
         number = _constant(args[0], node) if target in _MULTIPLICATIONS else None
         if number is not None:
             return _Step(args[1], number)
+    clamped = _as_clamped(node)
+    if clamped is not None:
+        return clamped
     masking = _as_masking(node)
     if masking is not None:
         found = masking.read(masking.kept, analysis)
@@ -333,8 +343,8 @@ def _as_masking(node: fx.Node) -> _Masking | None:
     return None
 
 
-def _as_clamped(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """Scores, and what they are raised to, if that is no more than the lowest number."""
+def _as_clamped(node: fx.Node) -> _Step | None:
+    """What raises scores, if only to the lowest number."""
     args, _ = bound_args(node)
     if node.target in (aten.maximum.default, aten.max.other):
         choices = [args, args[::-1]]
@@ -345,7 +355,7 @@ def _as_clamped(node: fx.Node) -> tuple[fx.Node, float] | None:
     for scores, number in choices:
         least = _constant(number, node)
         if least is not None and least <= lowest(val(node).dtype):
-            return scores, least
+            return _Step(scores, least=least)
     return None
 
 

@@ -312,8 +312,19 @@ _CASTS = {
 
 
 def is_cast(node: fx.Node) -> bool:
-    """A cast to a floating type, or a copy."""
+    """A cast to a floating type, or a copy, maybe to another device."""
     return node.target in _CASTS and val(node).dtype.is_floating_point
+
+
+def is_inactive_dropout(node: fx.Node) -> bool:
+    """Dropout that lets everything through, as in evaluation."""
+    return node.target is aten.dropout.default and not (node.args[1] and node.args[2])
+
+
+def is_random(node: fx.Node) -> bool:
+    """Does it draw random numbers?"""
+    is_seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return is_seeded and not is_inactive_dropout(node)
 
 
 # Operations that may return their argument or a view of it without saying so in their schema.

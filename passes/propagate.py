@@ -26,6 +26,7 @@ from .graph import (
     bound_args,
     descendants,
     is_mode_switch,
+    is_random,
     is_state,
     is_tensor,
     mutated_args,
@@ -227,11 +228,7 @@ class _Walk:
 
     def _weight(self, node: fx.Node) -> Value:
         """What is computed from parameters; noise on them would be drawn for the packed and the late graph anew."""
-        tags = getattr(node.target, "tags", ())
-        active_dropout = node.target is aten.dropout.default and node.args[1] and node.args[2]
-        if (
-            torch.Tag.nondeterministic_seeded in tags and node.target is not aten.dropout.default
-        ) or active_dropout:
+        if is_random(node):
             reason = Unsupported("randomness", node, f"`{node.target}` draws random numbers for a parameter")
             self._note(reason)
             return Value(LATE, reason=reason)

@@ -23,7 +23,18 @@ import torch
 from torch import fx
 from torch.library import Library
 
-from .graph import aten, bound_args, call, is_anything_between, is_cast, is_tensor, same_size, shape, val
+from .graph import (
+    aten,
+    bound_args,
+    call,
+    is_anything_between,
+    is_cast,
+    is_inactive_dropout,
+    is_tensor,
+    same_size,
+    shape,
+    val,
+)
 
 _LIBRARY = Library("pgcompile", "FRAGMENT")
 _LIBRARY.define("softmax_with_sink(Tensor x, Tensor sink, int dim, ScalarType? dtype=None) -> Tensor")
@@ -100,20 +111,25 @@ def without_sink_column(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 
 def without_sink_gate(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """Attention's output, times the share that a sink leaves to keys."""
+    """Attention's output, times the share that a sink leaves to keys.
+
+    Where all scores are minus infinity, that is NaN, and zero by the operator.
+    """
     factors: Any = node.args
     for output, gate in itertools.permutations(factors):
         if not is_tensor(output) or output.target not in (aten.matmul.default, aten.bmm.default):
             continue
         softmax, *between = _since_softmax(output.args[0])
-        if softmax.target is not aten.softmax.int:
+        if softmax.target is not aten.softmax.int or not _same_shape(output, node):
             continue
-        x, dim, dtype = bound_args(softmax)[0]
+        x, dim, _ = bound_args(softmax)[0]
         last = len(shape(x)) - 1
-        sink = _sink_of_gate(graph, gate, x)
-        if sink is None or dim % (last + 1) != last or is_anything_between(x, node):
+        if dim % (last + 1) != last or is_anything_between(x, node):
             continue
-        new = graph.call_function(softmax_with_sink, (x, sink, last, dtype))
+        sink = _sink_of_gate(graph, gate, x)
+        if sink is None:
+            continue
+        new = graph.call_function(softmax_with_sink, (x, sink, last, val(softmax).dtype))
         new.meta = dict(softmax.meta)
         for old in (*between, output):
             weights, new = new, graph.node_copy(old)
@@ -124,9 +140,9 @@ def without_sink_gate(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 
 def _since_softmax(weights: Any) -> list[Any]:
-    """The softmax, and what becomes of its weights until they meet values: casts and dropout."""
+    """The softmax, and what becomes of its weights until they meet values."""
     found = [weights]
-    while is_cast(found[0]) or found[0].target is aten.dropout.default:
+    while is_cast(found[0]) or is_inactive_dropout(found[0]):
         found.insert(0, found[0].args[0])
     return found
 
@@ -143,8 +159,10 @@ def _sink_of_gate(graph: fx.Graph, gate: Any, x: fx.Node) -> fx.Node | None:
     if difference.target is not aten.sub.Tensor or difference.kwargs.get("alpha", 1) != 1:
         return None
     minuend, sink = difference.args
+    if not is_tensor(minuend) or not is_tensor(sink):
+        return None
     total = _before_casts(minuend)
-    if total.target is not aten.logsumexp.default or not is_tensor(sink):
+    if total.target is not aten.logsumexp.default:
         return None
     source, dims, _ = bound_args(total)[0]
     if source is not x or [d % rank for d in dims] != [rank - 1] or not _same_shape(minuend, difference):
@@ -157,7 +175,7 @@ def _same_shape(x: fx.Node, y: fx.Node) -> bool:
 
 
 def _before_casts(node: Any) -> Any:
-    """Before casts, and before a last dim of size 1 was added."""
+    """The node before casts, and before a last dim of size 1 was added."""
     while is_cast(node) or (
         node.target is aten.unsqueeze.default and node.args[1] in (-1, len(shape(node)) - 1)
     ):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import ancestors, base_of, is_mode_switch, is_tensor, mutated_args, val
+from .graph import ancestors, base_of, is_mode_switch, is_random, is_tensor, mutated_args, val
 from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import PROLOGUE
@@ -88,9 +88,7 @@ def prologue_module(
     if stray:
         return Unsupported("internal_error", stray[0], "the prologue depends on tokens")
     for node in wanted:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_inactive_dropout(
-            node
-        ):
+        if is_random(node):
             return Unsupported(
                 "randomness", node, f"`{node.target}` draws random numbers before the batch is planned"
             )
@@ -102,10 +100,6 @@ def prologue_module(
     graph.output(tuple(env[node] for node in results))
     drop_dead(graph)
     return module_of(gm, graph)
-
-
-def _is_inactive_dropout(node: fx.Node) -> bool:
-    return node.target is torch.ops.aten.dropout.default and not (node.args[1] and node.args[2])
 
 
 def drop_dead(graph: fx.Graph) -> None:

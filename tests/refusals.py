@@ -1712,6 +1712,14 @@ def sinks_as_a_gate_with_the_dim_kept(m, q, k, v, ids, mask):
     return (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid() * (scores.softmax(3) @ v)
 
 
+@attention(PACKS, **SINKS)
+def sinks_as_a_gate_in_place(m, q, k, v, ids, mask):
+    scores = _masked_scores(q, k)
+    output = scores.softmax(-1) @ v
+    output *= (scores.logsumexp(-1, keepdim=True) - _sinks(m)).sigmoid()
+    return output
+
+
 @attention(refused(*BOTH, *NOT_CAUSAL), **SINKS)
 def gate_of_other_scores(m, q, k, v, ids, mask):
     scores = _masked_scores(q, k)
@@ -1769,6 +1777,24 @@ def scores_clamped_at_the_lowest_number(m, q, k, v, ids, mask):
     return _masked_scores(q, k).clamp(min=torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
+@attention(PACKS)
+def capped_scores_clamped_at_the_lowest_number(m, q, k, v, ids, mask):
+    scores = (scores_of(q, k).tanh() * 3).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    return torch.maximum(torch.tensor(torch.finfo(q.dtype).min), scores).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL, "finite_mask"))
+def scores_clamped_before_the_mask(m, q, k, v, ids, mask):
+    scores = scores_of(q, k).clamp(min=torch.finfo(q.dtype).min)
+    return scores.masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1) @ v
+
+
+@attention(either(*BOTH, *NOT_CAUSAL))
+def heads_made_by_a_maximum(m, q, k, v, ids, mask):
+    lowest = torch.full((HEADS, 1, 1), torch.finfo(q.dtype).min, dtype=q.dtype)
+    return torch.maximum(_masked_scores(q[:, :1], k[:, :1]), lowest).softmax(-1) @ v[:, :1]
+
+
 @attention(refused(*BOTH, *NOT_CAUSAL))
 def scores_clamped_at_a_number(m, q, k, v, ids, mask):
     scores = _masked_scores(q, k).clamp(min=-5.0)  # <--
@@ -1781,7 +1807,7 @@ def scores_clamped_from_above_too(m, q, k, v, ids, mask):
     return scores.softmax(-1) @ v
 
 
-@attention(refused(*BOTH, *NOT_CAUSAL))
+@attention(refused(*BOTH, *NOT_CAUSAL, "finite_mask"))
 def scores_clamped_and_scaled_away(m, q, k, v, ids, mask):
     scores = _masked_scores(q, k).clamp(min=torch.finfo(q.dtype).min)  # <--
     return (scores * 1e-308).softmax(-1) @ v

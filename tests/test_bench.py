@@ -515,7 +515,14 @@ def test_a_grid_is_resumed(config, measured, tmp_path):
     names = [case.name for case in GRIDS["cpu"]]
     result = run(*arguments, "--budget-seconds", 0)
     assert result.exit_code == 3 and "the budget is spent: 8 cases left" in result.output and not measured
-    assert run(*arguments).exit_code == 0 and measured == names
+    result = run(*arguments)
+    assert result.exit_code == 0 and measured == names
+    said = [
+        line
+        for line in result.output.splitlines()
+        if line.endswith("times as fast as dense, 80% of the ideal")
+    ]
+    assert [line.split(": ")[0] for line in said] == names  # each as soon as it is measured
     first = file.read_text()
     measured.clear()
     assert run(*arguments).exit_code == 0 and measured == [] and file.read_text() == first

@@ -85,6 +85,22 @@ SPELLINGS = {
         lambda x, t: (lambda y: (y.logsumexp(-1, True) - x[..., :1]).sigmoid() * (y.softmax(-1) @ x.mT))(x[:, :1]),
         ["softmax_with_sink"], ["logsumexp", "sigmoid"],
     ),
+    "softmax behind a share that makes a matrix of a vector": (
+        lambda x, t: (x[0].softmax(-1) @ x[1, 0]) * (x[0].logsumexp(-1, True) - x[:1, :1, 0]).sigmoid(),
+        ["softmax_with_sink"], ["logsumexp"],
+    ),
+    "softmax over another dim than the share's": (
+        lambda x, t: (x.softmax(1) @ x.mT) * (x.logsumexp(-1, True) - x[:1, :1, :1]).sigmoid(),
+        ["softmax_with_sink"], ["logsumexp"],
+    ),
+    "softmax behind a share without a sink": (
+        lambda x, t: (x.softmax(-1) @ x.mT) * torch.sub(1.0, x.logsumexp(-1, True)).sigmoid(),
+        ["softmax_with_sink"], ["logsumexp"],
+    ),
+    "dropout between softmax and a sink's share": (
+        lambda x, t: (F.dropout(x.softmax(-1), 1.0) @ x.mT) * (x.logsumexp(-1, True) - x[:1, :1, :1]).sigmoid(),
+        ["softmax_with_sink"], ["logsumexp", "dropout"],
+    ),
     "sum of a matrix": (lambda x, t: x[0].sum(), [], ["sum"]),
 }  # fmt: skip
 
@@ -129,6 +145,16 @@ def test_half_precision_is_rounded_once(function):
     found, expected, names = canonical(lambda x, t: function(x * 100), False, torch.bfloat16)
     assert names.count(function.__name__) == 2
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
+def test_a_sink_of_higher_precision():
+    """Weights stay what they were, the product is what the gate made of it."""
+    sink = torch.randn(1, 4, 1)
+    found, expected, names = canonical(
+        lambda x, t: (x.logsumexp(-1, True) - sink).sigmoid() * (x.softmax(-1) @ x.mT), False, torch.bfloat16
+    )
+    assert "softmax_with_sink" in names and found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 # Lookups side by side: function of tables a [7, 5] and b [9, 5] and labels [3, 4], all below 5; is it one lookup each?

@@ -34,7 +34,7 @@ from .models import SIZES, Model, build_model, count_work
 from .page import page, read_notes
 from .plot import check_format, draw
 from .results import Record, read, write
-from .table import reasons, terminal_tables
+from .table import headline, reasons, terminal_tables
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES_ARE_LEFT = 3  # the exit code
@@ -225,6 +225,8 @@ def _measured(
             record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
             record.date = _now()
             _tell_reasons([record], console)
+            if len(cases) > 1:
+                console.print(headline(record), markup=False, soft_wrap=True)
             progress.advance(task, case.most_rows * case.most_tokens)
             yield case, record
 

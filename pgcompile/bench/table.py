@@ -108,6 +108,19 @@ def name_of(record: Record) -> str:
     return record.name + (", forward" if record.phase == "forward" else "")
 
 
+def headline(record: Record) -> str:
+    """What pgcompile makes of the case, in a line."""
+    ours = next(row for row in record.rows if row.name == OURS)
+    speedup, baseline = record.speedup(ours), record.baseline
+    if ours.median is None:
+        said = ours.status
+    elif speedup is None or baseline is None:
+        said = f"{_time(record, ours)}, and nothing dense to compare with"
+    else:
+        said = f"{speedup:.2f} times as fast as {baseline.name}, {record.efficiency(ours):.0%} of the ideal"
+    return f"{name_of(record)}: {OURS}: {said}"
+
+
 def terminal_tables(records: Sequence[Record], width: int) -> list[Table]:
     """A section for each case; several tables below each other where the terminal is too narrow for all columns."""
     lines: list[tuple[Record, Row | None, Text]] = []
