@@ -113,12 +113,12 @@ def headline(record: Record) -> str:
     ours = next(row for row in record.rows if row.name == OURS)
     speedup, baseline = record.speedup(ours), record.baseline
     if ours.median is None:
-        said = ours.status
+        said = f"{OURS}: {ours.status}"
     elif speedup is None or baseline is None:
         said = f"{_time(record, ours)}, and nothing dense to compare with"
     else:
         said = f"{speedup:.2f} times as fast as {baseline.name}, {record.efficiency(ours):.0%} of the ideal"
-    return f"{name_of(record)}: {OURS}: {said}"
+    return f"{name_of(record)}: {said}"
 
 
 def terminal_tables(records: Sequence[Record], width: int) -> list[Table]:
