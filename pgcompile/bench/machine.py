@@ -58,7 +58,8 @@ def _own_version() -> str:
     from .. import __version__, passes
 
     digest = hashlib.sha256()
-    for folder in (Path(__file__).parent.parent, Path(passes.__path__[0])):
+    folders = Path(__file__).parent.parent, Path(passes.__path__[0])
+    for folder in (f.resolve() for f in folders):  # rglob doesn't follow links
         for file in sorted(folder.rglob("*.py")):
             place = file.relative_to(folder)
             if place.parts[0] not in ("bench", "cli", "coverage", "passes"):  # the last is the other folder
