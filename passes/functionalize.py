@@ -29,7 +29,7 @@ from .graph import (
     is_mode_switch,
     is_view,
     mutated_args,
-    same_size,
+    same_shape,
     shape,
     sizes,
     val,
@@ -126,7 +126,7 @@ class _Write:
             new = self.call(aten.clone.default, self.cast(new, val(target).dtype))  # memory of its own
             return (
                 new
-                if _same_shape(new, target)
+                if same_shape(new, target)
                 else self.call(aten.expand.default, new, sizes(self.graph, target))
             )
         return self.cast(self.call(functional, *self.node.args, **self.node.kwargs), val(target).dtype)
@@ -168,10 +168,6 @@ def out_of_place(node: fx.Node) -> Any:
         return None
     packet = getattr(aten, name[:-1], None)
     return getattr(packet, node.target._overloadname, None) if packet is not None else None
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
 # -- views and how to undo them ---------------------------------------------------------------------------------------

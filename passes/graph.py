@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -102,7 +103,7 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
     with fakes[0].fake_mode:
         traced = make_fx(interpret, pre_dispatch=True)(*values)
     if any(n.target in _AUTOCAST_SWITCHES for n in traced.graph.nodes):
-        with fakes[0].fake_mode, torch.set_grad_enabled(torch.is_grad_enabled()):
+        with fakes[0].fake_mode, enable_python_dispatcher(), torch.set_grad_enabled(torch.is_grad_enabled()):
             _Revalue(traced).run(*values)
     originals = (n for n in gm.graph.nodes if n.op == "placeholder")
     for node, original in zip(
@@ -154,13 +155,16 @@ def is_state(node: fx.Node) -> bool:
     return node.meta.get("is_parameter", False) or "_parameters_" in label or "_buffers_" in label
 
 
-def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new node at the insertion point, with its fake value."""
+def call(graph: fx.Graph, target: Any, *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    """A new node at the insertion point, with its fake value. `like` is any tensor, where no argument is one.
+
+    Computed under the Python dispatcher, as Dynamo does: without it, some meta functions take no symbolic sizes.
+    """
     node = graph.call_function(target, args, kwargs)
     values, options = fx.map_arg((args, kwargs), val)
-    inputs = tree_leaves([val(n) for n in node.all_input_nodes])
+    inputs = tree_leaves([val(n) for n in (*node.all_input_nodes, like)])
     fakes = [v for v in inputs if isinstance(v, torch._subclasses.FakeTensor)]
-    with fakes[0].fake_mode:
+    with fakes[0].fake_mode, enable_python_dispatcher():
         node.meta["val"] = target(*values, **options)
     return node
 
@@ -190,6 +194,11 @@ def same_size(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Have two tensors provably equal sizes? Adds no guard."""
+    return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))
 
 
 def size_hint(size: Any) -> int:

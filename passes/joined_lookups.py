@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from .graph import (
@@ -98,7 +97,8 @@ def _again(graph: fx.Graph, part: _Part, index: fx.Node) -> fx.Node:
     """The lookup and its casts, for other indices."""
     value = call(graph, aten.embedding.default, part.table, index, *part.options)
     for cast in part.casts:
-        value = call(graph, cast.target, value, *cast.args[1:], **cast.kwargs)
+        options: dict[str, Any] = cast.kwargs
+        value = call(graph, cast.target, value, *cast.args[1:], **options)
     return value
 
 
@@ -136,7 +136,4 @@ def _repeats_rows(node: fx.Node) -> bool:
 def _arange(graph: fx.Graph, table: fx.Node) -> fx.Node:
     """0, 1, ... for each entry of a table."""
     entries, device = shape(table)[0], val(table).device
-    node = graph.call_function(aten.arange.default, (entries,), {"device": device})
-    with val(table).fake_mode:
-        node.meta["val"] = torch.arange(entries, device=device)
-    return node
+    return call(graph, aten.arange.default, entries, device=device, like=table)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, same_size
+from .graph import aten, call, same_size, val
 from .mask_expr import OPS, Affine, Const, Element, Expr, Index, Part, dims
 from .mask_formula import POSITION, Column
 from .mask_rules import is_one
@@ -32,18 +32,15 @@ class _Emitter:
 
     def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
         self.graph = graph
-        self.fake = like.meta["val"]
+        self.like = like
+        self.fake = val(like)
         self.sizes = [
             size if isinstance(size, int) else self.call(aten.sym_size.int, like, dim)
             for dim, size in enumerate(self.fake.shape[:2])
         ]
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        values, options = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake.fake_mode:
-            node.meta["val"] = target(*values, **options)
-        return node
+        return call(self.graph, target, *args, like=self.like, **kwargs)
 
     def expression(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Const):

@@ -31,6 +31,7 @@ from .graph import (
     is_cast,
     is_inactive_dropout,
     is_tensor,
+    same_shape,
     same_size,
     shape,
     val,
@@ -120,11 +121,11 @@ def without_sink_gate(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         if not is_tensor(output) or output.target not in (aten.matmul.default, aten.bmm.default):
             continue
         softmax, *between = _since_softmax(output.args[0])
-        if softmax.target is not aten.softmax.int or not _same_shape(output, node):
+        if softmax.target is not aten.softmax.int or not same_shape(output, node):
             continue
         x, dim, _ = bound_args(softmax)[0]
         last = len(shape(x)) - 1
-        if dim % (last + 1) != last or is_anything_between(x, node):
+        if dim not in (last, -1) or is_anything_between(x, node):
             continue
         sink = _sink_of_gate(graph, gate, x)
         if sink is None:
@@ -165,13 +166,9 @@ def _sink_of_gate(graph: fx.Graph, gate: Any, x: fx.Node) -> fx.Node | None:
     if total.target is not aten.logsumexp.default:
         return None
     source, dims, _ = bound_args(total)[0]
-    if source is not x or [d % rank for d in dims] != [rank - 1] or not _same_shape(minuend, difference):
+    if source is not x or [d % rank for d in dims] != [rank - 1] or not same_shape(minuend, difference):
         return None
     return sink if len(shape(difference)) == rank else call(graph, aten.unsqueeze.default, sink, -1)
-
-
-def _same_shape(x: fx.Node, y: fx.Node) -> bool:
-    return len(shape(x)) == len(shape(y)) and all(map(same_size, shape(x), shape(y)))
 
 
 def _before_casts(node: Any) -> Any:

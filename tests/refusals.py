@@ -1031,6 +1031,10 @@ def scores_of(q, k):
     return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
 
 
+def _masked_scores(q, k):
+    return scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+
+
 def causal_mask(S):
     return torch.ones(S, S, dtype=torch.bool).tril()
 
@@ -1219,13 +1223,13 @@ def renormalised_after_softmax(m, q, k, v, ids, mask):
 
 @attention(refused(*NOT_CAUSAL, "unknown_op"))
 def second_softmax(m, q, k, v, ids, mask):
-    weights = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+    weights = _masked_scores(q, k).softmax(-1)
     return weights.softmax(-1) @ v
 
 
 @attention(refused(*NOT_CAUSAL, "unknown_op"))
 def softmax_over_queries(m, q, k, v, ids, mask):
-    return scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-2) @ v
+    return _masked_scores(q, k).softmax(-2) @ v
 
 
 @attention(either(*NOT_CAUSAL, "unknown_op"))
@@ -1235,13 +1239,13 @@ def softmax_over_heads(m, q, k, v, ids, mask):
 
 @attention(refused(*NOT_CAUSAL, "unknown_op"))
 def weights_plus_constant(m, q, k, v, ids, mask):
-    weights = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+    weights = _masked_scores(q, k).softmax(-1)
     return (weights + 0.01) @ v
 
 
 @attention(refused(*NOT_CAUSAL, "unknown_op"))
 def weights_minus_mean(m, q, k, v, ids, mask):
-    weights = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+    weights = _masked_scores(q, k).softmax(-1)
     return (weights - weights.mean(-1, keepdim=True)) @ v
 
 
@@ -1426,7 +1430,7 @@ def bias_of_keys(m, q, k, v, ids, mask):
 
 @attention(PACKS)
 def bias_of_keys_for_all_heads(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     return (0.3 * indices(k) + scores).softmax(-1) @ v
 
 
@@ -1622,7 +1626,7 @@ def scores_soft_capped_and_turned_around(m, q, k, v, ids, mask):
 
 @attention(refused(*BOTH, *NOT_CAUSAL, "finite_mask"))
 def scores_soft_capped_after_the_mask(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     return (5 * torch.tanh(scores / 5)).softmax(-1) @ v
 
 
@@ -1634,7 +1638,7 @@ def scores_soft_capped_twice(m, q, k, v, ids, mask):
 
 @attention(PACKS)
 def scores_less_their_maximum(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     return (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
 
 
@@ -1686,15 +1690,11 @@ def sinks_and_another_column_cut_off(m, q, k, v, ids, mask):
 @attention(refused(*BOTH, *NOT_CAUSAL), module=lambda: nn.Linear(1, LONGEST, bias=False))
 def sinks_that_differ_by_position(m, q, k, v, ids, mask):
     sinks = m.extra.weight[: q.shape[-2]].expand(q.shape[0], HEADS, -1, 1)
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     return torch.cat([scores, sinks.flip(2)], -1).softmax(-1)[..., :-1] @ v
 
 
 SINKS = dict(module=lambda: nn.Linear(1, HEADS, bias=False))
-
-
-def _masked_scores(q, k):
-    return scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
 
 
 @attention(PACKS, **SINKS)
@@ -1859,7 +1859,7 @@ def padding_masked_behind_the_sinks(m, q, k, v, ids, mask):
 
 @attention(WRITTEN, **SINKS)
 def scores_written_behind_the_sinks(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     joined = torch.cat([scores, _sinks(m).expand(q.shape[0], -1, q.shape[-2], 1)], -1)
     scores.mul_(2)
     return joined.softmax(-1)[..., :-1] @ v
@@ -1882,7 +1882,7 @@ def weights_written_before_the_sink_is_cut_off(m, q, k, v, ids, mask):
 
 @attention(WRITTEN)
 def scores_written_after_the_maximum(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     less = scores - scores.max(-1, keepdim=True).values
     scores.mul_(2)
     less[..., 0] = less[..., 0] + 3
@@ -1891,7 +1891,7 @@ def scores_written_after_the_maximum(m, q, k, v, ids, mask):
 
 @attention(WRITTEN)
 def maximum_without_gradient(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     with torch.no_grad():
         less = scores - scores.amax(-1, keepdim=True)
     return less.softmax(-1) @ v
@@ -1914,14 +1914,14 @@ def weights_with_sinks_without_gradient(m, q, k, v, ids, mask):
 @attention(WRITTEN)
 def scores_without_gradient(m, q, k, v, ids, mask):
     with torch.no_grad():
-        scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+        scores = _masked_scores(q, k)
     return scores.softmax(-1) @ v
 
 
 @attention(WRITTEN)
 def weights_without_gradient(m, q, k, v, ids, mask):
     with torch.no_grad():
-        weights = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+        weights = _masked_scores(q, k).softmax(-1)
     return weights @ v
 
 
@@ -1962,7 +1962,7 @@ def queries_and_keys_swapped(m, q, k, v, ids, mask):
 
 @attention(refused(*BOTH, *NOT_CAUSAL))
 def scores_transposed(m, q, k, v, ids, mask):
-    scores = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf"))
+    scores = _masked_scores(q, k)
     return scores.mT.softmax(-1) @ v
 
 
@@ -1973,7 +1973,7 @@ def dropout_inside_sdpa(m, q, k, v, ids, mask):
 
 @attention(refused("randomness", *NOT_CAUSAL))
 def dropout_on_the_weights(m, q, k, v, ids, mask):
-    weights = scores_of(q, k).masked_fill(~causal_mask(q.shape[-2]), float("-inf")).softmax(-1)
+    weights = _masked_scores(q, k).softmax(-1)
     return F.dropout(weights, 0.3, training=True) @ v  # <--
 
 

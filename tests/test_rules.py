@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.testing import assert_close
@@ -284,7 +285,7 @@ class Graph:
             return self.calls[arg]
         args, kwargs = tuple(map(self.add, arg.args)), {k: self.add(v) for k, v in arg.kwargs.items()}
         node = self.graph.call_function(arg.op, args, kwargs)
-        with self.mode:
+        with self.mode, enable_python_dispatcher():
             fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             node.meta["val"] = arg.op(*fake_args, **fake_kwargs)
         self.calls[arg] = node
