@@ -13,6 +13,7 @@ from .canonicalize import canonicalize
 from .checkpoint import has_regions, inline_checkpoints, wrap_checkpoints
 from .functionalize import functionalize
 from .head import split_head
+from .numbers import settle_numbers
 from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
 from .reroll import reroll
@@ -21,6 +22,11 @@ from .verify import fake_inputs
 
 # A graph whose work is mostly behind something that couldn't be packed is better off as it was.
 LATE_SHARE = 0.25
+
+
+def numbers_pass(c: Compilation) -> None:
+    """Symbolic floats → tensors without dimensions, or constants."""
+    c.dynamo = settle_numbers(c.dynamo)
 
 
 def inline_pass(c: Compilation) -> None:
@@ -135,6 +141,7 @@ def checkpoint_pass(c: Compilation) -> None:
 
 
 PASSES: tuple[Pass, ...] = (
+    numbers_pass,  # first: what runs as written runs without them, too
     inline_pass,  # before all that looks at nodes
     opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
     aten_pass,  # before all that reads operations

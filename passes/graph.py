@@ -118,11 +118,7 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _ConstantFloats(fx.Interpreter):
-    """Takes symbolic floats at their value, which Dynamo then guards on.
-
-    With `dynamic=True` a module's numbers are symbolic: scales, epsilons. Nobody changes them from call to call, rules
-    want to know them, and Inductor's CPU code takes no symbolic float as an input.
-    """
+    """Takes symbolic floats that depend on sizes at their value, which Dynamo then guards on (others: numbers.py)."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

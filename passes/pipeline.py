@@ -26,7 +26,7 @@ class Compilation:
     """What the passes hand on. A pass fills in a field, or adds to `reasons`, after which the rest is skipped.
 
     Args:
-        dynamo: the graph that Dynamo gave; never changed.
+        dynamo: the graph that Dynamo gave, with its symbolic floats settled; it runs where a batch isn't packed.
         dropout: `Options.dropout`.
         engine: `Options.engine`, passed on to the attention operator.
         survey: walk on past an operation without a rule, to find all reasons at once.
@@ -92,8 +92,8 @@ def run_passes(
 
 
 OPTIONAL = (
-    "canonicalize_pass", "functionalize_pass", "softmax_pass", "reroll_pass", "padding_pass", "verify_pass",
-    "head_pass", "checkpoint_pass",
+    "numbers_pass", "canonicalize_pass", "functionalize_pass", "softmax_pass", "reroll_pass", "padding_pass",
+    "verify_pass", "head_pass", "checkpoint_pass",
 )  # fmt: skip
 
 

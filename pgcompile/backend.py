@@ -95,7 +95,8 @@ def pgcompile(
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
             level = logging.INFO if report.has_nothing_to_pack else logging.WARNING
             log.log(level, text, describe(compilation.reasons))
-        run = DenseGraph(gm, chosen) if chosen.fallback == "inner" else without_compiler(gm)
+        written = compilation.dynamo
+        run = DenseGraph(written, chosen) if chosen.fallback == "inner" else without_compiler(written)
         return run if report.has_nothing_to_pack else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)

@@ -26,6 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from . import stats
+from .errors import belongs_to_caller
 from .modes import modes
 from .options import Options
 from .passes.checkpoint import without_compiler
@@ -61,10 +62,13 @@ class Artifact:
 
 
 class Family:
-    """The artifacts of one packed graph; a class of its own so that it can be held weakly."""
+    """The artifacts of one packed graph, and why there will be no more; a class so that it can be held weakly."""
+
+    MOST = 8  # as Dynamo's recompile_limit
 
     def __init__(self) -> None:
         self.artifacts: list[Artifact] = []
+        self.refusal = ""
 
 
 _families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
@@ -115,15 +119,27 @@ def compiled_packed(
     """The compiled packed graph for numbers of tokens and scored tokens; compiles it on first use.
 
     Raises:
-        RuntimeError: if the inner compiler specialised the number of tokens other than to a range.
+        RuntimeError: if the inner compiler failed before, or made a graph for too many single numbers of tokens.
+        Exception: whatever it raises. It isn't called for this graph again.
     """
     for artifact in family.artifacts:
         if artifact.serves(tokens, scored):
             return artifact.call
     with compiling():
         if not any(a.serves(tokens, scored) for a in family.artifacts):
-            family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
+            if family.refusal:
+                raise RuntimeError(family.refusal)
+            try:
+                family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
+            except Exception as error:
+                if not belongs_to_caller(error):
+                    family.refusal = f"the inner compiler failed before: {type(error).__name__}: {error}"
+                raise
             stats.count(compiles=1)
+            if len(family.artifacts) == family.MOST:
+                family.refusal = (
+                    f"the inner compiler has made {family.MOST} graphs for numbers of tokens already"
+                )
     return next(a.call for a in family.artifacts if a.serves(tokens, scored))
 
 
@@ -136,28 +152,37 @@ def _compile_packed(
     # hints of what isn't known are odd and large: a size equal to another one could be taken for it
     sizes = [dynamic_size(env, "tokens", tokens), dynamic_size(env, "scored", scored or 100019)]
     segments = dynamic_size(env, "segments", 100003)
+    symbols = [size.node.expr for size in sizes]  # once specialised, a size no longer shows its symbol
+    unknown = segments.node.expr
     with FakeTensorMode(shape_env=env):
         inputs = packed_inputs(graphs, aten_gm, sizes[0], segments, sizes[1])
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
     call = compile_inner(_copy(graphs.packed), inputs, options)
     served: list[Bounds] = [(0, math.inf)] * len(sizes)
     for guard in env.guards:
-        found = [_bounds(guard.expr, size.node.expr) for size in sizes]
-        if all(bounds is None for bounds in found):
-            raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guard.expr}")
-        served = [
-            (max(old[0], new[0]), min(old[1], new[1])) if new is not None else old
-            for old, new in zip(served, found, strict=True)
-        ]
-    return Artifact(call, *served)
+        for i, (symbol, size) in enumerate(zip(symbols, sizes, strict=True)):
+            if symbol in guard.expr.free_symbols:
+                low, high = _bounds(guard.expr, symbol, size.node.hint)
+                served[i] = max(served[i][0], low), min(served[i][1], high)
+    artifact = Artifact(call, *served)
+    if any(unknown in guard.expr.free_symbols for guard in env.guards) or not artifact.serves(tokens, scored):
+        guards = ", ".join(str(guard.expr) for guard in env.guards)
+        raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guards}")
+    return artifact
 
 
-def _bounds(guard: Any, symbol: Any) -> Bounds | None:
-    """The numbers of tokens that a guard allows, if it is a bound, `a * T + b <= c`; None for anything else."""
+def _bounds(guard: Any, symbol: Any, hint: int) -> Bounds:
+    """The numbers around a size's hint for which a guard holds: all that a bound, `a * T + b <= c`, allows.
+
+    Of `a * T + b != c`, the side that the hint is on; of anything else, the hint alone.
+    """
     import sympy
 
+    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:
+        side = sympy.Gt if (guard.lhs - guard.rhs).subs(symbol, hint) > 0 else sympy.Lt
+        guard = side(guard.lhs, guard.rhs)
     if not isinstance(guard, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return None
+        return hint, hint
     less = guard.gts - guard.lts  # what must be >= 0 (> 0)
     slope, offset = less.coeff(symbol), less.subs(symbol, 0)
     if (
@@ -166,7 +191,7 @@ def _bounds(guard: Any, symbol: Any) -> Bounds | None:
         or not offset.is_Integer
         or slope == 0
     ):
-        return None
+        return hint, hint
     limit = sympy.Rational(-offset, slope)
     if isinstance(guard, (sympy.Lt, sympy.Gt)):
         return (
@@ -251,7 +276,8 @@ class DenseGraph:
             with compiling():
                 call = self._compile(args, current)
         except Exception as error:  # of somebody else's compiler; the graph runs without it
-            log.warning("the inner compiler failed on the original graph, which runs eagerly: %s", error)
+            text = "the inner compiler failed on the original graph, which runs eagerly: %s: %s"
+            log.warning(text, type(error).__name__, error)
             call = self.eager
             self.compiled.append((ShapeEnv(), None, current, call))
         return call(*args)
@@ -266,7 +292,9 @@ class DenseGraph:
         examples = [n.meta["example_value"] for n in self.gm.graph.find_nodes(op="placeholder")]
         for i, (arg, example) in enumerate(zip(args, examples, strict=True)):
             source = ConstantSource(f"arg_{i}")
-            if isinstance(arg, torch.Tensor):
+            if isinstance(arg, torch.Tensor) and arg.dim() == 0 and arg.dtype == torch.float64:
+                fakes.append(mode.from_tensor(arg))  # with a source, it would be a symbolic float as well
+            elif isinstance(arg, torch.Tensor):
                 dynamic = [
                     DimDynamic.STATIC if isinstance(s, int) else DimDynamic.DUCK for s in example.shape
                 ]

@@ -42,6 +42,7 @@ import pgcompile
 from pgcompile import backend, inner
 from pgcompile import engines as engine_table
 from pgcompile.options import Options
+from pgcompile.passes.graph import size_hint
 from pgcompile.passes.pipeline import OPTIONAL
 
 BATCH = dict(rows=6, positions=9)
@@ -677,6 +678,50 @@ def test_static_shapes_share_the_packed_graph_too():
     assert stats.packed == len(SHAPES) and stats.compiles == 1
 
 
+class Mix(nn.Module):
+    """Slices of a token's vector, mixed. Inductor compares the sizes of views, and so asks whether `T` is 8."""
+
+    def forward(self, x):
+        a = x.reshape(-1, 8, 2)
+        return torch.baddbmm(a[:, :1], a, a.mT @ a).view(x.shape)
+
+
+def test_a_number_of_tokens_that_the_inner_compiler_excludes():
+    """`T != 8` is a guard. A graph serves the side of it that it was compiled on."""
+    model = zoo()
+    model.ln_f = nn.Sequential(Mix(), model.ln_f)
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        fast = compiled(model, {"inner": "inductor"}, dynamic=True)
+        for tokens in (12, 10, 8, 6):
+            ids = torch.arange(4).repeat(tokens - 3, 1)
+            ids[:, -1] = torch.arange(tokens - 3)
+            torch.testing.assert_close(fast(ids), model(ids), rtol=0, atol=1e-10)
+    stats = pgcompile.stats()
+    assert (stats.packed, stats.compiles) == (4, 3)
+
+
+def specialising(gm, inputs, options):
+    """An inner compiler that makes a graph for each number of tokens (not of segments: their hint is large)."""
+    shapes = [tensor.shape for tensor in inputs if isinstance(tensor, torch.Tensor)]
+    tokens = [size for shape in shapes for size in shape if size_hint(size) < 1000]
+    assert sum(map(int, tokens)) > 0
+    return gm
+
+
+def test_graphs_for_single_numbers_of_tokens(monkeypatch):
+    """Each is right, and there is an end to them."""
+    monkeypatch.setattr(inner, "compile_inner", specialising)
+    model = zoo()
+    fast = compiled(model, {"inner": "aot_eager"}, dynamic=True)
+    for seed in range(20):
+        assert_equals_eager(fast, model, random_tree_batch(rows=4 + seed, positions=9, seed=seed))
+    stats = pgcompile.stats()
+    assert stats.compiles == inner.Family.MOST <= stats.packed < 20 and stats.packed + stats.dense == 20
+
+
 @pytest.mark.slow
 def test_inductor_compiles_once():
     model = zoo()
@@ -1074,6 +1119,22 @@ def test_when_something_fails_the_original_runs(what, monkeypatch, caplog):
     assert len(records) == (2 if what == "inner" else 1)
     assert all("seeded failure" in record.getMessage() for record in records)
     assert "Seeded" in records[-1].getMessage()
+
+
+def test_an_inner_compiler_that_fails_is_asked_once(monkeypatch):
+    calls = []
+
+    def failing(*args):
+        calls.append(args)
+        raise Seeded("seeded failure")
+
+    monkeypatch.setattr(inner, "compile_inner", failing)
+    model = zoo()
+    fast = compiled(model, {"inner": "aot_eager"}, dynamic=True)
+    for seed in range(3):
+        assert_equals_eager(fast, model, batch_of(seed))
+    assert len(calls) == 2  # for the packed graph, and for the original
+    assert pgcompile.stats().dense == 3
 
 
 @pytest.mark.parametrize("what", ["pass", "verification", "plan", "engine"])

@@ -1,0 +1,171 @@
+"""Floats that Dynamo made symbolic: those that change compile nothing new, those that must be numbers are numbers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from harness import ALWAYS_PACK, BACKEND, compiled, rewire
+from zoo import ZOO
+
+if BACKEND != "pgcompile":
+    pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
+
+import pgcompile
+from pgcompile import backend, inner
+
+# No float32 or bfloat16 number among them, so that each rounding shows
+VALUES = (0.1, 0.7, -1.3, 1e-3, 17.3, 0.3)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Nothing runs without the inner compiler unnoticed."""
+    torch._dynamo.reset()
+    inner._families.clear()
+    pgcompile.reset_stats()
+    monkeypatch.setattr(inner.DenseGraph, "eager", property(_runs_eagerly))
+    yield
+    torch._dynamo.reset()
+
+
+def _runs_eagerly(graph):
+    raise AssertionError("the inner compiler failed on the original graph")
+
+
+def outputs_and_gradient(function, x, number):
+    x = x.clone().requires_grad_()
+    y = function(x, number)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), gradient
+
+
+ARITHMETIC = {
+    "x * b": lambda x, b: x * b,
+    "b * x": lambda x, b: b * x,
+    "x + b": lambda x, b: x + b,
+    "b - x": lambda x, b: b - x,
+    "x - b": lambda x, b: x - b,
+    "x / b": lambda x, b: x / b,
+    "b / x": lambda x, b: b / x,
+    "method": lambda x, b: x.mul(b).sub(b),
+    "function": lambda x, b: torch.add(torch.div(x, b), b),
+    "of numbers": lambda x, b: x * (1 - b) + x / (b * b / 3 + 1),
+    "two steps": lambda x, b: (x * b).relu() * b,
+    "loss": lambda x, b: x.mean() * b,
+    "number by loss": lambda x, b: b / x.mean(),
+    "loss of a loss": lambda x, b: (x * b).mean() + 3 * (b * x.mean()),
+}
+
+NUMBERS = {
+    "layer norm": lambda x, b: F.layer_norm(x, (5,), eps=abs(b)),
+    "softmax": lambda x, b: x * x.softmax(-1).clamp(min=b),
+    "in place": lambda x, b: x.clone().mul_(b),
+    "keyword": lambda x, b: torch.add(x, x.exp(), alpha=b),
+    "power": lambda x, b: x.exp() ** b,
+    "both": lambda x, b: F.leaky_relu(x, b) * b,
+    "rounded": lambda x, b: torch.div(x * x, b, rounding_mode="floor") + x,
+    "integers": lambda x, b: x * (torch.arange(5) * b),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", [*ARITHMETIC, *NUMBERS])
+def test_any_number_gives_what_eager_gives(name, dtype):
+    """Bit for bit, dtypes and gradients included."""
+    function = (ARITHMETIC | NUMBERS)[name]
+    fast = torch.compile(function, backend="pgcompile", options={"inner": "aot_eager"}, fullgraph=True)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for number in VALUES:
+        expected, actual = outputs_and_gradient(function, x, number), outputs_and_gradient(fast, x, number)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_a_number_in_arithmetic_compiles_twice(name):
+    """As with Inductor: once as a constant, and once for all others."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("pgcompile")
+    fast = torch.compile(ARITHMETIC[name], backend=counter, fullgraph=True)
+    for number in VALUES:
+        fast(torch.ones(4, 5), number)
+    assert counter.frame_count == 2
+
+
+class Tempered(nn.Module):
+    """A number that changes in the trunk, one in the head, and module attributes that don't change."""
+
+    def __init__(self, name="nano_gpt", **config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lm = rewire(ZOO[name](dim=16, layers=1, **config))
+        self.bias = 0.25
+
+    def forward(self, input_ids, number):
+        logits = self.lm(input_ids)
+        return (logits + self.bias) / (1 + number * number) - logits * number
+
+
+def grouped_ids(rows=4, prefix=12, answer=5):
+    ids = torch.randint(1, 31, (1, prefix), generator=torch.Generator().manual_seed(1)).repeat(rows, 1)
+    return torch.cat(
+        [ids, torch.randint(1, 31, (rows, answer), generator=torch.Generator().manual_seed(2))], 1
+    )
+
+
+def test_a_number_that_changes_in_a_packed_graph():
+    model, ids = Tempered(), grouped_ids()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(
+        lambda gm, inputs: backend.pgcompile(gm, inputs, options=ALWAYS_PACK)
+    )
+    fast = torch.compile(model, backend=counter, fullgraph=True)
+    for number in VALUES:
+        reference = copy.deepcopy(model)
+        expected, actual = reference(ids, number), fast(ids, number)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        model.zero_grad()
+        for logits in (expected, actual):
+            logits.square().sum().backward()
+        for want, got in zip(reference.parameters(), model.parameters()):
+            torch.testing.assert_close(got.grad, want.grad, rtol=1e-10, atol=1e-10)
+    assert pgcompile.stats().packed == len(VALUES)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_dynamic_numbers_of_a_model(shared):
+    """With dynamic=True each number of each module is symbolic: scales, epsilons, the norm type of an embedding."""
+    model = Tempered("half_rotary")
+    ids = grouped_ids() if shared else torch.arange(4 * 7).view(4, 7)
+    fast = compiled(model, {"inner": "aot_eager"} | ({} if shared else {"min_saving": 0.5}), dynamic=True)
+    for number in VALUES[:3]:
+        torch.testing.assert_close(fast(ids, number), model(ids, number), rtol=0, atol=1e-12)
+    stats = pgcompile.stats()
+    assert (stats.packed, stats.dense) == ((3, 0) if shared else (0, 3))
+
+
+def test_numbers_in_checkpointed_bodies():
+    class Block(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.scale = inner, 0.7
+
+        def forward(self, x):
+            return checkpoint(lambda x: self.inner(x) * self.scale, x, use_reentrant=False)
+
+    model = Tempered()
+    model.lm.blocks = nn.ModuleList(map(Block, model.lm.blocks))
+    for ids, saving in ((grouped_ids(), 0.0), (torch.arange(4 * 7).view(4, 7), 0.5)):
+        fast = compiled(model, {"inner": "aot_eager", "min_saving": saving}, dynamic=True)
+        torch.testing.assert_close(fast(ids, 0.3), model(ids, 0.3), rtol=0, atol=1e-12)
+    assert (pgcompile.stats().packed, pgcompile.stats().dense) == (1, 1)
+
+
+def test_a_float64_tensor_without_dimensions_is_no_number():
+    fast = compiled(lambda x, t: (x * t).sum() + t, {"inner": "aot_eager"})
+    x = torch.ones(3, requires_grad=True)
+    for number in VALUES:
+        t = torch.tensor(number, dtype=torch.float64)
+        torch.testing.assert_close(fast(x, t), 3 * t.float() + t, rtol=0, atol=1e-6)
