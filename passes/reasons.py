@@ -30,6 +30,7 @@ KINDS: dict[str, str] = {
     "size_as_number": "a size of the batch is used as a number",
     "row_layout": "rows or positions end up in dims that can't be packed",
     "kv_cache": "the call continues a non-empty key-value cache",
+    "graph_break": "Dynamo ended the graph before the end of the function",
     "trace_failed": "the graph could not be traced to ATen",
     "verification_failed": "the packed graph's shapes differ from the predicted ones",
     "internal_error": "a pass raised an exception",
@@ -61,6 +62,7 @@ HINTS: dict[str, str] = {
     "size_as_number": "use a constant, or compute it outside of the compiled region",
     "row_layout": "keep rows and positions in dims of their own",
     "kv_cache": "in training pass use_cache=False; in generation this is as it should be",
+    "graph_break": "move what breaks it out of the compiled region; TORCH_LOGS=graph_breaks tells more",
     "trace_failed": "run this part outside of the compiled region",
     "verification_failed": "please report it, with the model",
     "internal_error": "please report it, with the model",
@@ -155,9 +157,14 @@ def source_line(node: fx.Node) -> str:
     frames = [part for part in trace.split('File "') if part.strip()]
     if not frames:
         return ""
-    users = [frame for frame in frames if not frame.startswith(_NOT_USERS)]
+    users = [frame for frame in frames if is_users(frame)]
     head, *code = (users or frames)[-1].splitlines()
     path, _, rest = head.partition('", line ')
     line, _, function = rest.partition(", in ")
     text = code[0].strip() if code else ""
     return f"{path}:{line} in {function}" + (f": {text}" if text else "")
+
+
+def is_users(path: str) -> bool:
+    """Is a file neither torch's nor pgcompile's own?"""
+    return not path.startswith(_NOT_USERS)

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
+from .breaks import break_behind
 from .calibration import read_speed
 from .chunks import number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
@@ -82,7 +83,7 @@ def pgcompile(
             chosen.dump_dir,
         )
     try:
-        report = _graph_report(compilation, chosen)
+        report = _graph_report(gm, compilation, chosen)
     except ValueError as error:  # an engine asked for by name that can't run here
         return functools.partial(_raise, error, None)
     if collector is not None:
@@ -90,11 +91,11 @@ def pgcompile(
     if compilation.reasons:
         if chosen.strict and not report.has_nothing_to_pack:
             cause = next(iter(compilation.errors), None)
-            return functools.partial(_raise, FallbackError(compilation.reasons), cause)
+            return functools.partial(_raise, FallbackError(report.fallbacks + report.notes), cause)
         if not survey:
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
             level = logging.INFO if report.has_nothing_to_pack else logging.WARNING
-            log.log(level, text, describe(compilation.reasons))
+            log.log(level, text, describe([*report.fallbacks, *report.notes]))
         written = compilation.dynamo
         run = DenseGraph(written, chosen) if chosen.fallback == "inner" else without_compiler(written)
         return run if report.has_nothing_to_pack else functools.partial(_run_eager, run)
@@ -113,8 +114,10 @@ def _run_eager(run: Callable[..., Any], *args: Any) -> Any:
     return run(*args)
 
 
-def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
+def _graph_report(gm: fx.GraphModule, compilation: Compilation, options: Options) -> GraphReport:
     report = GraphReport("eager" if compilation.reasons else "packed", fallbacks=list(compilation.reasons))
+    broken = break_behind(gm)
+    report.notes += [broken] if broken is not None else []
     report.seconds = dict(compilation.seconds)
     for match in compilation.matches:
         out = match.node.meta["val"]  # autocast may give it another dtype than q
@@ -231,9 +234,8 @@ class PackedCall:
         text = why_not_worth_it(*report.work, self.options.min_saving, self.speed)
         if text is not None:
             if any(results[i].requires_grad for i, _ in self.graphs.keys):
-                text += (
-                    "; a float input requires grad (from behind a graph break, say), so rows share nothing"
-                )
+                why = "a float input requires grad, as what comes from behind a graph break does: rows share nothing"
+                raise DenseCall("graph_break", f"{text}; {why}")
             raise DenseCall("not_worth_it", text)
         return results, plan
 

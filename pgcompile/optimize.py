@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
+from torch._dynamo.utils import get_compilation_metrics
 from torch.utils._pytree import tree_leaves
 
 from .backend import pgcompile
+from .breaks import all_breaks
 from .generation import keep_generation_out
 from .options import Options
 from .report import BatchReport, Explanation, GraphReport
@@ -94,11 +96,15 @@ def explain(
     compiled = torch.compile(target, backend=backend)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     named = _named(fn, args, kwargs)
+    before = get_compilation_metrics()
     with _restored(fn, args, kwargs), paused(), torch.random.fork_rng(devices=devices):
         if named is not None:
             compiled(**named)
         else:
             compiled(*args, **kwargs)
+    ended = [note for graph in explanation.graphs for note in graph.notes if note.kind == "graph_break"]
+    frames = [frame for frame in get_compilation_metrics() if not any(frame is old for old in before)]
+    explanation.breaks = all_breaks(ended, frames)
     return explanation
 
 

@@ -103,10 +103,12 @@ class Explanation:
         status: the worst of the graphs' ("packed" < "islands" < "eager"), not counting those with nothing to pack.
         graphs: a report for each Dynamo graph.
         batches: a report for each plan, in the order of the calls.
+        breaks: where Dynamo stopped tracing: the `graph_break` notes of the graphs, and functions that it gave up.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     batches: list[BatchReport] = field(default_factory=list)
+    breaks: list[FallbackReason] = field(default_factory=list)
 
     @property
     def status(self) -> str:
@@ -119,6 +121,7 @@ class Explanation:
             "status": self.status,
             "graphs": [asdict(g) for g in self.graphs],
             "batches": [asdict(b) for b in self.batches],
+            "breaks": [asdict(b) for b in self.breaks],
         }
 
     def __str__(self) -> str:
@@ -135,6 +138,11 @@ class Explanation:
         ran_dense = self.status == "packed" and any(b.decision != "packed" for b in self.batches)
         suffix = ", but this batch runs as written" if ran_dense else ""
         console.print(f"[bold]pgcompile: {self.status}[/bold]{suffix}")
+        if self.breaks:
+            parts = f"{len(self.graphs)} graphs, each of which packs for itself"
+            console.print(
+                f"Dynamo broke the call into {parts}\n{describe(self.breaks)}", markup=False, soft_wrap=True
+            )
         if not self.graphs:
             console.print("  Dynamo compiled no graph; TORCH_LOGS=graph_breaks tells why", markup=False)
         for i, graph in enumerate(self.graphs):
@@ -152,7 +160,7 @@ class Explanation:
                 console.print(table)
             else:
                 console.print(f"graph {i}: {graph.status}")
-            reasons = [*graph.fallbacks, *graph.notes]
+            reasons = [*graph.fallbacks, *(note for note in graph.notes if note not in self.breaks)]
             if reasons:
                 console.print(describe(reasons), markup=False, soft_wrap=True)
         if self.batches:

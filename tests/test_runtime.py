@@ -442,6 +442,58 @@ def test_one_warning_per_graph(caplog):
     assert len([r for r in caplog.records if r.name == "pgcompile"]) == 1
 
 
+class Watched(nn.Module):
+    """Breaks the graph between two layers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, *others):
+        print(end="")  # the break
+        return self.layer(x, *others)
+
+
+def test_graph_breaks_are_named_with_their_line():
+    """In a loop over layers, where Dynamo gives up the function with the loop, and outside of one."""
+    model, batch = rewire(ZOO["nano_gpt"](dim=16, layers=3)), batch_of()
+    model.blocks[1] = Watched(model.blocks[1])
+    in_loop = pgcompile.explain(model, batch.input_ids)
+    outside = pgcompile.explain(lambda x: model.blocks[1](model.wte(x)).sum(), batch.input_ids)
+    for found in (in_loop, outside):
+        assert found.breaks and {reason.kind for reason in found.breaks} == {"graph_break"}
+        assert all("test_runtime.py" in b.source and "# the break" in b.source for b in found.breaks)
+        assert str(found).splitlines()[1].startswith(f"Dynamo broke the call into {len(found.graphs)} graphs")
+        assert str(found).count("Dynamo stops tracing") == 1
+    assert not pgcompile.explain(model.blocks[0], model.wte(batch.input_ids)).breaks
+
+
+def test_layers_behind_a_break_are_warned_of(caplog):
+    """Not so a batch that shares nothing."""
+    model, batch = rewire(ZOO["nano_gpt"](dim=16, layers=3)), batch_of()
+    model.blocks[1] = Watched(model.blocks[1])
+    with caplog.at_level(logging.WARNING, "pgcompile"):
+        compiled(model, {"min_saving": None})(batch.input_ids)
+    assert "graph_break: packing would save 0% of the work" in caplog.text
+    with pytest.raises(pgcompile.FallbackError, match="graph_break"):
+        compiled(model, {"min_saving": None, "strict": True})(batch.input_ids)
+
+
+def test_a_refused_graph_says_that_it_was_broken(caplog):
+    def broken(input_ids):
+        x = model(input_ids)
+        torch._dynamo.graph_break()
+        return x
+
+    model, batch = ReadsTheFuture(), batch_of()
+    with caplog.at_level(logging.WARNING, "pgcompile"):
+        compiled(broken)(batch.input_ids)
+    assert "token_mixing" in caplog.text and "graph_break: Dynamo stops tracing" in caplog.text
+    with pytest.raises(pgcompile.FallbackError, match="token_mixing") as caught:
+        compiled(broken, {"strict": True})(batch.input_ids)
+    assert caught.value.reasons[-1].kind == "graph_break"
+
+
 def test_a_graph_without_attention_is_no_failure(caplog):
     """Behind a break, a loss is a graph of its own: no warning, and no error with strict=True."""
     model, batch = zoo(), batch_of()
