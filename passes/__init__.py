@@ -24,11 +24,6 @@ from .verify import fake_inputs
 LATE_SHARE = 0.25
 
 
-def numbers_pass(c: Compilation) -> None:
-    """Symbolic floats → tensors without dimensions, or constants."""
-    c.dynamo = settle_numbers(c.dynamo)
-
-
 def inline_pass(c: Compilation) -> None:
     """Checkpointed bodies → a part of the graph."""
     c.inlined, c.checkpoints = inline_checkpoints(c.dynamo)
@@ -38,6 +33,13 @@ def opaque_pass(c: Compilation) -> None:
     """Refuse what an ATen graph would not show: custom autograd functions, hooks, higher-order operations."""
     assert c.inlined is not None
     c.refuse(*graph.find_opaque(c.inlined))
+
+
+def numbers_pass(c: Compilation) -> None:
+    """Symbolic floats → tensors without dimensions, or constants."""
+    assert c.inlined is not None
+    c.inlined, c.has_varying_numbers = settle_numbers(c.inlined, c.constant_numbers)
+    c.settled, _ = settle_numbers(c.dynamo, c.constant_numbers)
 
 
 def aten_pass(c: Compilation) -> None:
@@ -141,9 +143,9 @@ def checkpoint_pass(c: Compilation) -> None:
 
 
 PASSES: tuple[Pass, ...] = (
-    numbers_pass,  # first: what runs as written runs without them, too
     inline_pass,  # before all that looks at nodes
     opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
+    numbers_pass,  # behind that: for a graph that runs as written, nothing is guarded on
     aten_pass,  # before all that reads operations
     canonicalize_pass,  # before what asks what depends on what
     functionalize_pass,  # before the analysis, which refuses writes

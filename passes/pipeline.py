@@ -26,11 +26,13 @@ class Compilation:
     """What the passes hand on. A pass fills in a field, or adds to `reasons`, after which the rest is skipped.
 
     Args:
-        dynamo: the graph that Dynamo gave, with its symbolic floats settled; it runs where a batch isn't packed.
+        dynamo: the graph that Dynamo gave; never changed.
         dropout: `Options.dropout`.
         engine: `Options.engine`, passed on to the attention operator.
         survey: walk on past an operation without a rule, to find all reasons at once.
+        constant_numbers: take symbolic floats for constants, all of them.
         inlined: the same with checkpointed bodies in it; `checkpoints`: for each, the arguments of checkpoint.
+        settled: the graph without symbolic floats; has_varying_numbers: are some of them tensors in it?
         aten, analysis, matches, guards, graphs: results of the passes, in their order.
         seconds: time of each pass.
     """
@@ -39,8 +41,11 @@ class Compilation:
     dropout: str = "fallback"
     survey: bool = False
     engine: str = "auto"
+    constant_numbers: bool = False
     inlined: fx.GraphModule | None = None
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    settled: fx.GraphModule | None = None
+    has_varying_numbers: bool = False
     aten: fx.GraphModule | None = None
     analysis: Analysis | None = None
     matches: list[AttentionMatch] = field(default_factory=list)

@@ -76,12 +76,7 @@ def pgcompile(
     if module is not None and not survey:
         keep_generation_out(module)
     with compiling():
-        compilation = run_passes(
-            PASSES,
-            Compilation(gm, chosen.dropout, survey, chosen.engine),
-            chosen.disable_passes,
-            chosen.dump_dir,
-        )
+        compilation = _compile(gm, chosen, survey)
     try:
         report = _graph_report(gm, compilation, chosen)
     except ValueError as error:  # an engine asked for by name that can't run here
@@ -96,12 +91,22 @@ def pgcompile(
             text = "pgcompile: this graph isn't packed and runs as written (strict=True raises instead):\n%s"
             level = logging.INFO if report.has_nothing_to_pack else logging.WARNING
             log.log(level, text, describe([*report.fallbacks, *report.notes]))
-        written = compilation.dynamo
-        run = DenseGraph(written, chosen) if chosen.fallback == "inner" else without_compiler(written)
+        run = DenseGraph(compilation, chosen) if chosen.fallback == "inner" else without_compiler(gm)
         return run if report.has_nothing_to_pack else functools.partial(_run_eager, run)
     seconds = sum(compilation.seconds.values())
     log.debug("pgcompile: a graph with %d attentions packs (%.2f s)", len(compilation.matches), seconds)
     return PackedCall(compilation, chosen, collector, report.index, survey, _speed(compilation, report))
+
+
+def _compile(gm: fx.GraphModule, options: Options, survey: bool) -> Compilation:
+    """Run the passes; once more if a number that became a tensor may be what keeps the graph from being packed."""
+    compilation = Compilation(gm, options.dropout, survey, options.engine)
+    run_passes(PASSES, compilation, options.disable_passes, options.dump_dir)
+    if compilation.has_varying_numbers and any(r.kind not in HARMLESS for r in compilation.reasons):
+        again = Compilation(gm, options.dropout, survey, options.engine, constant_numbers=True)
+        run_passes(PASSES, again, options.disable_passes, options.dump_dir)
+        return compilation if again.reasons else again
+    return compilation
 
 
 def _raise(error: Exception, cause: BaseException | None, *args: Any) -> Any:
@@ -165,7 +170,7 @@ class PackedCall:
         self.options, self.collector, self.index = options, collector, index
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
         self.speed = speed
-        self.dense = DenseGraph(compilation.dynamo, options)
+        self.dense = DenseGraph(compilation, options)
         self.families: dict[Any, Family] = {}
         self.trees = PackedTrees()
         inputs = enumerate(self.graphs.inputs)

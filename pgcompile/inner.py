@@ -26,11 +26,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from . import stats
-from .errors import belongs_to_caller
 from .modes import modes
 from .options import Options
 from .passes.checkpoint import without_compiler
 from .passes.packed_graphs import PackedGraphs
+from .passes.pipeline import Compilation
 from .passes.verify import fake_inputs as packed_inputs
 from .report import log
 from .symbolic import dynamic_size
@@ -62,13 +62,13 @@ class Artifact:
 
 
 class Family:
-    """The artifacts of one packed graph, and why there will be no more; a class so that it can be held weakly."""
+    """The artifacts of one packed graph, and failed attempts to make one; a class so that it can be held weakly."""
 
-    MOST = 8  # as Dynamo's recompile_limit
+    MOST = 8  # attempts to compile it, as Dynamo's recompile_limit
 
     def __init__(self) -> None:
         self.artifacts: list[Artifact] = []
-        self.refusal = ""
+        self.failures: list[str] = []
 
 
 _families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
@@ -119,27 +119,26 @@ def compiled_packed(
     """The compiled packed graph for numbers of tokens and scored tokens; compiles it on first use.
 
     Raises:
-        RuntimeError: if the inner compiler failed before, or made a graph for too many single numbers of tokens.
-        Exception: whatever it raises. It isn't called for this graph again.
+        RuntimeError: if the inner compiler failed, or specialised on the number of tokens, too many times before.
+        Exception: whatever it raises.
     """
     for artifact in family.artifacts:
         if artifact.serves(tokens, scored):
             return artifact.call
     with compiling():
         if not any(a.serves(tokens, scored) for a in family.artifacts):
-            if family.refusal:
-                raise RuntimeError(family.refusal)
+            if len(family.artifacts) + len(family.failures) >= family.MOST:
+                last = f", the last one with {family.failures[-1]}" if family.failures else ""
+                text = (
+                    f"the inner compiler was called {family.MOST} times for numbers of tokens, and failed in "
+                )
+                raise RuntimeError(f"{text}{len(family.failures)} of them{last}")
             try:
                 family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
             except Exception as error:
-                if not belongs_to_caller(error):
-                    family.refusal = f"the inner compiler failed before: {type(error).__name__}: {error}"
+                family.failures.append(f"{type(error).__name__}: {error}")
                 raise
             stats.count(compiles=1)
-            if len(family.artifacts) == family.MOST:
-                family.refusal = (
-                    f"the inner compiler has made {family.MOST} graphs for numbers of tokens already"
-                )
     return next(a.call for a in family.artifacts if a.serves(tokens, scored))
 
 
@@ -251,12 +250,17 @@ def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
 
 
 class DenseGraph:
-    """The original graph through the inner compiler, compiled on first use and for each new set of guards."""
+    """The original graph through the inner compiler, compiled on first use and for each new set of guards.
+
+    What the inner compiler gets has its symbolic floats settled; without it, Dynamo's graph runs as it is.
+    """
 
     MOST = 8  # as Dynamo's recompile_limit
 
-    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
-        self.gm, self.options = gm, options
+    def __init__(self, compilation: Compilation, options: Options) -> None:
+        self.gm = compilation.dynamo
+        self.settled = compilation.settled or compilation.dynamo
+        self.options = options
         self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any]]] = []
 
     @functools.cached_property
@@ -305,7 +309,7 @@ class DenseGraph:
                 fakes.append(env.create_symintnode(symbol, hint=arg, source=source))
             else:
                 fakes.append(arg)
-        call = compile_inner(_copy(self.gm), fakes, self.options)
+        call = compile_inner(_copy(self.settled), fakes, self.options)
         code = env.produce_guards_expression(fakes)
         self.compiled.append((env, code, current, call))
         return call

@@ -58,12 +58,16 @@ ARITHMETIC = {
     "loss": lambda x, b: x.mean() * b,
     "number by loss": lambda x, b: b / x.mean(),
     "loss of a loss": lambda x, b: (x * b).mean() + 3 * (b * x.mean()),
+    "less a loss": lambda x, b: b - x.mean() + (x.mean() - b),
+    "negative": lambda x, b: x * -b,
 }
 
 NUMBERS = {
     "layer norm": lambda x, b: F.layer_norm(x, (5,), eps=abs(b)),
     "softmax": lambda x, b: x * x.softmax(-1).clamp(min=b),
     "in place": lambda x, b: x.clone().mul_(b),
+    "inverse": lambda x, b: x * (5 / b),
+    "function of a number": lambda x, b: torch.div(b, x),
     "keyword": lambda x, b: torch.add(x, x.exp(), alpha=b),
     "power": lambda x, b: x.exp() ** b,
     "both": lambda x, b: F.leaky_relu(x, b) * b,
@@ -82,6 +86,34 @@ def test_any_number_gives_what_eager_gives(name, dtype):
     for number in VALUES:
         expected, actual = outputs_and_gradient(function, x, number), outputs_and_gradient(fast, x, number)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_assignments():
+    """`b += 1` is no write to the tensor that `b` is."""
+
+    def function(x, b):
+        x = x.clone()
+        c = b
+        c += 1
+        x *= b
+        x += c
+        x -= b
+        x /= c
+        return x
+
+    fast = torch.compile(function, backend="pgcompile", options={"inner": "aot_eager"}, fullgraph=True)
+    x = torch.randn(4, 5)
+    for number in VALUES:
+        expected, actual = outputs_and_gradient(function, x, number), outputs_and_gradient(fast, x, number)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_division_of_a_number_by_zero_raises():
+    fast = torch.compile(lambda x, b: x * (1 / b), backend="pgcompile", options={"inner": "aot_eager"})
+    for number in VALUES[:3]:
+        fast(torch.ones(3), number)
+    with pytest.raises(Exception, match="(?i)division by zero"):
+        fast(torch.ones(3), 0.0)
 
 
 @pytest.mark.parametrize("name", ARITHMETIC)
@@ -163,9 +195,75 @@ def test_numbers_in_checkpointed_bodies():
     assert (pgcompile.stats().packed, pgcompile.stats().dense) == (1, 1)
 
 
-def test_a_float64_tensor_without_dimensions_is_no_number():
-    fast = compiled(lambda x, t: (x * t).sum() + t, {"inner": "aot_eager"})
-    x = torch.ones(3, requires_grad=True)
+SCALES = {
+    "scores * b": lambda scores, b: scores * b,
+    "scores / b": lambda scores, b: scores / b,
+    "capped": lambda scores, b: torch.tanh(scores / b) * b,
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_number_that_attention_needs_is_a_constant(name):
+    """As if no number could be a tensor: each value packs, in a graph of its own."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(31, 8), nn.Linear(8, 31)
+
+        def forward(self, ids, number):
+            x = self.embed(ids)
+            causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+            scores = SCALES[name](x @ x.mT, number).masked_fill(~causal, float("-inf"))
+            return self.head(scores.softmax(-1) @ x) * number
+
+    torch.manual_seed(0)
+    model, ids = Scaled().double(), grouped_ids()
+    fast = torch.compile(model, backend="pgcompile", options=ALWAYS_PACK)
+    for number in VALUES[:4]:
+        torch.testing.assert_close(fast(ids, number), model(ids, number), rtol=0, atol=1e-10)
+    assert pgcompile.stats().packed == 4
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_a_graph_that_is_refused_has_no_guards_on_numbers():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("pgcompile")
+    fast = torch.compile(lambda x, b: F.leaky_relu(Twice.apply(x), b), backend=counter)
+    x = torch.randn(5, requires_grad=True)
     for number in VALUES:
-        t = torch.tensor(number, dtype=torch.float64)
-        torch.testing.assert_close(fast(x, t), 3 * t.float() + t, rtol=0, atol=1e-6)
+        torch.testing.assert_close(fast(x, number), F.leaky_relu(2 * x, number), rtol=0, atol=0)
+    assert counter.frame_count == 2
+
+
+OWN_TENSORS = {
+    "detached": lambda x, t: x * t.item(),
+    "as it was": lambda x, t: x * (t.item(), t.detach().mul_(2))[0],
+    "converted": lambda x, t: x * float(t) + x / float(t),
+    "whole": lambda x, t: (x * t).sum() + t,
+}
+
+
+@pytest.mark.parametrize("name", OWN_TENSORS)
+def test_a_float64_tensor_without_dimensions_is_no_number(name):
+    """Reading one makes a number of it: no gradient, and no later write, reaches that."""
+    function = OWN_TENSORS[name]
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        fast = compiled(function, {"inner": "aot_eager"})
+        for number in VALUES:
+            results = []
+            for call in (function, fast):
+                x = torch.ones(3, requires_grad=True)
+                t = torch.tensor(number, dtype=torch.float64, requires_grad=name != "as it was")
+                y = call(x, t)
+                y.sum().backward()
+                results.append((y.detach(), x.grad, t.grad, t.detach()))
+            torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
