@@ -36,10 +36,9 @@ def opaque_pass(c: Compilation) -> None:
 
 
 def numbers_pass(c: Compilation) -> None:
-    """Symbolic floats → tensors without dimensions, or constants."""
-    assert c.inlined is not None
-    c.inlined, c.has_varying_numbers = settle_numbers(c.inlined, c.constant_numbers)
-    c.settled, _ = settle_numbers(c.dynamo, c.constant_numbers)
+    """Symbolic floats → tensors without dimensions that are computed before each call, or constants."""
+    c.settled, c.numbers = settle_numbers(c.dynamo, c.constant_numbers)
+    c.inlined, c.checkpoints = inline_checkpoints(c.settled)
 
 
 def aten_pass(c: Compilation) -> None:

@@ -32,7 +32,8 @@ class Compilation:
         survey: walk on past an operation without a rule, to find all reasons at once.
         constant_numbers: take symbolic floats for constants, all of them.
         inlined: the same with checkpointed bodies in it; `checkpoints`: for each, the arguments of checkpoint.
-        settled: the graph without symbolic floats; has_varying_numbers: are some of them tensors in it?
+        settled: the graph without symbolic floats; `numbers`: what computes its last inputs from the others, if it has
+            more than `dynamo`.
         aten, analysis, matches, guards, graphs: results of the passes, in their order.
         seconds: time of each pass.
     """
@@ -45,7 +46,7 @@ class Compilation:
     inlined: fx.GraphModule | None = None
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     settled: fx.GraphModule | None = None
-    has_varying_numbers: bool = False
+    numbers: fx.GraphModule | None = None
     aten: fx.GraphModule | None = None
     analysis: Analysis | None = None
     matches: list[AttentionMatch] = field(default_factory=list)
@@ -54,6 +55,10 @@ class Compilation:
     reasons: list[FallbackReason] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
+
+    def inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `settled` takes, and all that is made of it, for the arguments of `dynamo`."""
+        return args if self.numbers is None else (*args, *self.numbers(*args))
 
     def refuse(self, *reasons: Unsupported) -> None:
         self.reasons += [FallbackReason.of(r) for r in reasons]

@@ -102,7 +102,7 @@ def _compile(gm: fx.GraphModule, options: Options, survey: bool) -> Compilation:
     """Run the passes; once more if a number that became a tensor may be what keeps the graph from being packed."""
     compilation = Compilation(gm, options.dropout, survey, options.engine)
     run_passes(PASSES, compilation, options.disable_passes, options.dump_dir)
-    if compilation.has_varying_numbers and any(r.kind not in HARMLESS for r in compilation.reasons):
+    if compilation.numbers is not None and any(r.kind not in HARMLESS for r in compilation.reasons):
         again = Compilation(gm, options.dropout, survey, options.engine, constant_numbers=True)
         run_passes(PASSES, again, options.disable_passes, options.dump_dir)
         return compilation if again.reasons else again
@@ -171,6 +171,7 @@ class PackedCall:
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
         self.speed = speed
         self.dense = DenseGraph(compilation, options)
+        self.all_inputs = compilation.inputs
         self.families: dict[Any, Family] = {}
         self.trees = PackedTrees()
         inputs = enumerate(self.graphs.inputs)
@@ -180,21 +181,22 @@ class PackedCall:
         self.survey = survey
         self.failures = backward_failures()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *given: Any) -> Any:
+        args = self.all_inputs(given)
         report = BatchReport(self.index)
         if self.failures != backward_failures():
             self.failures = backward_failures()
-            return self._run_dense(args, report, "engine_error", "the backward pass before this call failed")
+            return self._run_dense(given, report, "engine_error", "the backward pass before this call failed")
         modes = GlobalModes()
         try:
             results, plan = self._plan(args, report)
             call, inputs = self._prepare(args, results, plan, report)
         except DenseCall as reason:
-            return self._run_dense(args, report, reason.kind, reason.explanation)
+            return self._run_dense(given, report, reason.kind, reason.explanation)
         except Exception as error:  # nothing ran yet: the original does, and says why
             if belongs_to_caller(error):
                 raise
-            return self._run_dense(args, report, "internal_error", f"{type(error).__name__}: {error}", error)
+            return self._run_dense(given, report, "internal_error", f"{type(error).__name__}: {error}", error)
         try:
             packed = call(*inputs)
             if report.head_chunks:
@@ -204,7 +206,7 @@ class PackedCall:
             modes.restore()  # the graph may have stopped between two switches
             if belongs_to_caller(error):
                 raise
-            return self._run_dense(args, report, "engine_error", f"{type(error).__name__}: {error}", error)
+            return self._run_dense(given, report, "engine_error", f"{type(error).__name__}: {error}", error)
         report.decision = "packed"
         self._collect(report)
         stats.count(packed=1)
@@ -215,7 +217,7 @@ class PackedCall:
                 None if layout is None else kept_elements(leaf, layout, plan, results, self.graphs)
                 for leaf, layout in leaves
             ]
-            check.compare(self.dense.eager, args, outputs, kept)
+            check.compare(self.dense.eager, given, outputs, kept)
             stats.count(checked=1)
         return outputs
 

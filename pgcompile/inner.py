@@ -260,6 +260,8 @@ class DenseGraph:
     def __init__(self, compilation: Compilation, options: Options) -> None:
         self.gm = compilation.dynamo
         self.settled = compilation.settled or compilation.dynamo
+        self.all_inputs = compilation.inputs
+        self.num_given = len(self.gm.graph.find_nodes(op="placeholder"))
         self.options = options
         self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any]]] = []
 
@@ -267,24 +269,28 @@ class DenseGraph:
     def eager(self) -> fx.GraphModule:
         return without_compiler(self.gm)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *given: Any) -> Any:
         if self.options.inner == "eager":
-            return self.eager(*args)
+            return self.eager(*given)
+        args = self.all_inputs(given)
         current = modes()
         for env, code, compiled_modes, call in self.compiled:
             if current == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
                 return call(*args)
         if len(self.compiled) >= self.MOST:
-            return self.eager(*args)
+            return self.eager(*given)
         try:
             with compiling():
                 call = self._compile(args, current)
         except Exception as error:  # of somebody else's compiler; the graph runs without it
             text = "the inner compiler failed on the original graph, which runs eagerly: %s: %s"
             log.warning(text, type(error).__name__, error)
-            call = self.eager
-            self.compiled.append((ShapeEnv(), None, current, call))
+            self.compiled.append((ShapeEnv(), None, current, self._without_compiler))
+            return self.eager(*given)
         return call(*args)
+
+    def _without_compiler(self, *args: Any) -> Any:
+        return self.eager(*args[: self.num_given])
 
     def _compile(self, args: Sequence[Any], current: Any) -> Callable[..., Any]:
         from torch._dynamo.source import ConstantSource
@@ -293,7 +299,7 @@ class DenseGraph:
         env = ShapeEnv()
         fakes: list[Any] = []
         mode = FakeTensorMode(shape_env=env)
-        examples = [n.meta["example_value"] for n in self.gm.graph.find_nodes(op="placeholder")]
+        examples = [n.meta["example_value"] for n in self.settled.graph.find_nodes(op="placeholder")]
         for i, (arg, example) in enumerate(zip(args, examples, strict=True)):
             source = ConstantSource(f"arg_{i}")
             if isinstance(arg, torch.Tensor) and arg.dim() == 0 and arg.dtype == torch.float64:
