@@ -10,8 +10,9 @@ And a lookup in a parameter is one, however it is spelled (joined_lookups.py has
     weight[ids]                               →  embedding(weight, ids), negative ids counted from the end
     cat([weight[ids], other[other_ids]], 1)   →  where(is other's, embedding(other, …), embedding(weight, …))
 
-Broadcasting and losses have one spelling, too:
+Broadcasting, slices and losses have one spelling, too:
 
+    x[:]                                      →  x (so that static and dynamic traces are one packed graph)
     broadcast_tensors([x, y])[0]              →  x, or expand(x, …)
     cross_entropy_loss(x[N, V, S], t[N, S])   →  cross_entropy_loss(x[N·S, V], t[N·S])
     kl_div(x, y, reduction=sum)               →  sum(sum(kl_div(x, y, reduction=none), -1))
@@ -23,6 +24,7 @@ so that what runs over the vocabulary can be computed for each distinct token, a
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +41,8 @@ Spell = Callable[[fx.Graph, fx.Node], fx.Node | None]
 def canonicalize(gm: fx.GraphModule, table: Mapping[Any, Spell] | None = None) -> None:
     """Rewrite `gm` (an ATen graph) in place, by CANONICAL or another table: operation → what spells it, or None."""
     table = CANONICAL if table is None else table
-    for node in list(gm.graph.nodes):
+    nodes = dict.fromkeys(gm.graph.nodes)
+    for node in nodes:
         spell = table.get(node.target)
         if spell is None:
             continue
@@ -47,7 +50,8 @@ def canonicalize(gm: fx.GraphModule, table: Mapping[Any, Spell] | None = None) -
             new = spell(gm.graph, node)
         if new is None:
             continue
-        new.meta = dict(node.meta)
+        if new not in nodes:
+            new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         _erase_unused(gm.graph, node)
     gm.recompile()
@@ -89,6 +93,12 @@ def _zeros_or_ones(value: int) -> Spell:
 def _empty(graph: fx.Graph, node: fx.Node) -> fx.Node:
     options = {"dtype": val(node).dtype, "device": val(node).device}
     return graph.call_function(aten.empty.memory_format, (bound_args(node)[0][1],), options)
+
+
+def _whole(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    x, _, start, end, step = bound_args(node)[0]
+    is_whole = start in (None, 0) and end in (None, sys.maxsize) and step == 1
+    return x if is_whole and all(user.op != "output" for user in node.users) else None
 
 
 def _lookup(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -192,6 +202,7 @@ CANONICAL: dict[Any, Spell] = {
     aten.new_ones.default: _filled(1),
     aten.new_full.default: _filled(None),
     aten.new_empty.default: _empty,
+    aten.slice.Tensor: _whole,
     aten.index.Tensor: _lookup,
     aten.cat.default: join_lookups,
     operator.getitem: _broadcast_item,

@@ -22,6 +22,9 @@ SPELLINGS = {
     "broadcast_tensors, a dim of size 1": (
         lambda x, t: torch.broadcast_tensors(torch.arange(5), x[:1]), ["broadcast_tensors"], ["expand"],
     ),
+    "slices of everything": (lambda x, t: x[:, :, :].cos() * x[0:], ["slice"], ["cos", "mul"]),
+    "slices of less": (lambda x, t: x[:, :-1].cos() * x[:, 1::1] + x[:, ::2][:, :1], [], ["slice"] * 4),
+    "a slice of everything that is written": (lambda x, t: (y := x * 2, y[:].add_(1))[0] * 3, ["slice"], ["add_"]),
     "cross entropy of classes in dim 1": (
         lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="none"), [], ["flatten", "cross_entropy_loss"],
     ),

@@ -730,6 +730,21 @@ def test_static_shapes_share_the_packed_graph_too():
     assert stats.packed == len(SHAPES) and stats.compiles == 1
 
 
+def test_a_static_and_a_dynamic_trace_of_a_loss_are_one_packed_graph():
+    model = zoo()
+
+    def loss(input_ids):
+        logits = model(input_ids)[:, :-1]
+        return logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)[:, 3:].sum(1).mean()
+
+    fast = compiled(loss, {"inner": "aot_eager"})
+    for seed, (rows, positions) in enumerate(SHAPES):
+        ids = random_tree_batch(rows=rows, positions=positions, seed=seed).input_ids
+        torch.testing.assert_close(fast(ids), loss(ids), rtol=0, atol=1e-10)
+    stats = pgcompile.stats()
+    assert stats.packed == len(SHAPES) and stats.compiles == 1
+
+
 class Mix(nn.Module):
     """Slices of a token's vector, mixed. Inductor compares the sizes of views, and so asks whether `T` is 8."""
 
