@@ -17,6 +17,7 @@ its `recompile_limit`.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.symbol import SymT
 
 from .graph import ancestors, example_values
+from .reasons import source_line
 
 
 def _reciprocal_times(x: Any, number: Any) -> Any:
@@ -51,6 +53,7 @@ _NUMBER_LEFT: dict[Any, Any] = {
     operator.truediv: _reciprocal_times,
     **{getattr(operator, name): getattr(operator, flipped) for name, flipped in _FLIPPED.items()},
 }
+_CHANGES = "a number that changes from call to call is a constant here, and compiled for each value: make it a tensor"
 _CLAMPS = {torch.clamp, torch.clip, "clamp", "clip"}
 
 
@@ -85,13 +88,21 @@ def settle_numbers(
             env[node] = _with_tensor(graph, node, tensors, env)
             continue
         for number in _numbers(node):
-            env[number] = float(number.meta["example_value"])
+            env[number] = _value(number, node)
         env[node] = graph.node_copy(node, env.__getitem__)
     copy = fx.GraphModule(gm, graph)
     copy.meta = dict(gm.meta)
     for name, body in settled.items():
         setattr(copy, name, body)
     return copy, _computing(gm, numbers) if numbers else None
+
+
+def _value(number: fx.Node, user: fx.Node) -> float:
+    """A number as a constant."""
+    value = number.meta["example_value"]
+    if torch._dynamo.config.assume_static_by_default and value.node.expr.free_symbols:
+        warnings.warn(f"pgcompile: {_CHANGES}, at {source_line(user)}", stacklevel=2)
+    return float(value)
 
 
 def _numbers(node: fx.Node) -> Iterator[fx.Node]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -104,6 +105,15 @@ def test_any_number_gives_what_eager_gives(name, dtype):
     for number in VALUES:
         expected, actual = outputs_and_gradient(function, x, number), outputs_and_gradient(fast, x, number)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_number_that_is_compiled_for_each_value_is_warned_of():
+    fast = torch.compile(lambda x, b: x.exp() ** b * 2, backend="pgcompile", options={"inner": "aot_eager"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(torch.ones(3), 0.1)  # nobody knows that it will change
+    with pytest.warns(UserWarning, match=r"make it a tensor, at .*test_numbers.py.* x.exp\(\) \*\* b"):
+        fast(torch.ones(3), 0.2)
 
 
 def test_assignments():
