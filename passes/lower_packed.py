@@ -212,7 +212,8 @@ class PackedSide:
         """
         call = self.graph.call_function
         dtype = val(match.node).dtype
-        one = float(torch.tensor(1 / match.scale, dtype=dtype if dtype == torch.float64 else torch.bfloat16))
+        rounded = dtype if dtype == torch.float64 else torch.bfloat16
+        one = float(torch.tensor(1 / match.scale, dtype=rounded, device="cpu"))
         if match.heads_per_key > 1 and any(bias.differs_by_head for bias in match.biases):
             k, v = (call(aten.repeat_interleave.self_int, (x, match.heads_per_key, 1)) for x in (k, v))
         heads = call(aten.sym_size.int, (k, 1))

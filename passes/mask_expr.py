@@ -182,7 +182,7 @@ TRUE, FALSE = Const(True, torch.bool), Const(False, torch.bool)
 def constant(value: bool | int | float, dtype: torch.dtype) -> Const:
     """`value` as torch rounds it to `dtype`."""
     with _disable_current_modes():
-        return Const(torch.tensor(value, dtype=_wide(value)).to(dtype).item(), dtype)
+        return Const(torch.tensor(value, dtype=_wide(value), device="cpu").to(dtype).item(), dtype)
 
 
 def _wide(value: Any) -> torch.dtype:
@@ -356,7 +356,7 @@ def apply(name: str, args: tuple[Expr, ...], dtype: torch.dtype) -> Expr:
     constants = [a for a in args if isinstance(a, Const)]
     if len(constants) == len(args):
         with _disable_current_modes():
-            result = OPS[name](*(torch.tensor(a.value, dtype=a.dtype) for a in constants))
+            result = OPS[name](*(torch.tensor(a.value, dtype=a.dtype, device="cpu") for a in constants))
             return Const(result.item(), dtype)
     affines = [affine for affine in map(affine_of, args) if affine is not None]
     if len(affines) == len(args):

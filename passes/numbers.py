@@ -145,7 +145,8 @@ def _may_change(number: fx.Node) -> bool:
     symbols = value.node.expr.free_symbols
     if torch._dynamo.config.assume_static_by_default:  # so it has changed
         return bool(symbols)
-    sources = [source for symbol in symbols for source in _sources(value, symbol)]  # with dynamic=True
+    floats = [symbol for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)]  # with dynamic=True
+    sources = [source for symbol in floats for source in _sources(value, symbol)]
     return bool(symbols) and not any(isinstance(source, AttrSource) for source in sources)
 
 
@@ -162,9 +163,13 @@ def _takes_tensor(node: fx.Node) -> bool:
     """Does it compute the same with a tensor in place of each number?"""
     args, kwargs = node.args, node.kwargs
     if node.target is torch.scalar_tensor:
-        return len(args) == 1 and kwargs.keys() <= {"dtype"}
+        return len(args) == 1 and kwargs.keys() <= {"dtype", "device"}
+    if any(_is_scalar(n) and not _is_number(n) for n in node.all_input_nodes):
+        return False
     if node.target in _CLAMPS:
-        return _is_plain(args[0]) and kwargs.keys() <= {"min", "max"}
+        bounds = [*args[1:], *kwargs.values()]
+        has_names = bool(args) and kwargs.keys() <= {"min", "max"}
+        return has_names and _is_plain(args[0]) and not any(isinstance(b, bool) for b in bounds)
     if node.target is torch.where:
         return len(args) == 3 and not kwargs and any(map(_is_plain, args[1:]))
     if len(args) != 2 or kwargs:
@@ -192,7 +197,7 @@ def _new_input(graph: fx.Graph, gm: fx.GraphModule, number: int) -> fx.Node:
     fake = next(v for v in example_values(gm) if isinstance(v, torch._subclasses.FakeTensor))
     node = graph.placeholder(f"number_{number}")
     with fake.fake_mode:
-        node.meta["example_value"] = torch.empty((), dtype=torch.float64)
+        node.meta["example_value"] = torch.empty((), dtype=torch.float64, device="cpu")
     return node
 
 
@@ -213,9 +218,8 @@ def _with_tensor(
 
     args, kwargs = tuple(map(tensor, node.args)), {name: tensor(arg) for name, arg in node.kwargs.items()}
     if node.target is torch.scalar_tensor:
-        result = graph.call_method(
-            "to", args, {"dtype": torch.get_default_dtype(), **node.kwargs, "copy": True}
-        )
+        made = node.meta["example_value"]
+        result = graph.call_method("to", (*args, made.device, made.dtype), {"copy": True})
     elif node.target in _NUMBER_LEFT and node.args[0] in tensors:
         result = graph.call_function(_NUMBER_LEFT[node.target], args[::-1])
     else:
@@ -225,7 +229,7 @@ def _with_tensor(
 
 
 def _constant(graph: fx.Graph, value: Any) -> fx.Node:
-    return graph.call_function(torch.scalar_tensor, (value,), {"dtype": torch.float64})
+    return graph.call_function(torch.scalar_tensor, (value,), {"dtype": torch.float64, "device": "cpu"})
 
 
 def _computing(gm: fx.GraphModule, numbers: list[fx.Node]) -> fx.GraphModule:

@@ -105,7 +105,7 @@ def _compile(gm: fx.GraphModule, options: Options, survey: bool) -> Compilation:
     if compilation.numbers is not None and any(r.kind not in HARMLESS for r in compilation.reasons):
         again = Compilation(gm, options.dropout, survey, options.engine, constant_numbers=True)
         run_passes(PASSES, again, options.disable_passes, options.dump_dir)
-        return compilation if again.reasons else again
+        return compilation if any(r.kind not in HARMLESS for r in again.reasons) else again
     return compilation
 
 

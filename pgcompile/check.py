@@ -68,7 +68,7 @@ def _kept(value: Tensor, weights: Tensor) -> Tensor:
 
 def _weights(value: Tensor, kept: Tensor | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    w = torch.rand(value.shape, generator=generator, dtype=torch.float64).add(0.5).to(value)
+    w = torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu").add(0.5).to(value)
     return w if kept is None else w * kept.to(w)
 
 

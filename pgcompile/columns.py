@@ -185,7 +185,8 @@ def fingerprint(bits: Tensor) -> Tensor:
     """int64 [N, S] that differs (almost surely) where `bits` [N, S, d] differ; and agrees elsewhere."""
     bits = bits.to(torch.int64)
     generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**62), 2**62, (bits.shape[-1],), generator=generator).to(bits.device) * 2 + 1
+    factors = torch.randint(-(2**62), 2**62, (bits.shape[-1],), generator=generator, device="cpu")
+    odd = factors.to(bits.device) * 2 + 1
     mixed = bits * odd
     return (mixed ^ (mixed >> 32)).sum(-1)  # mixed, else two signs that differ would add up to 2**64
 
@@ -212,8 +213,8 @@ def _is_off(
     graphs: PackedGraphs, results: Sequence[Tensor], index: int, factor: Any, n: int, s: int
 ) -> Tensor:
     """bool [N, S]: where the factor switches tokens off; tokens that its selection doesn't have are off."""
-    rows, positions = torch.arange(n), torch.arange(s)
-    flat = (rows[:, None] * s + positions).to(results[index].device)
+    device = results[index].device
+    flat = torch.arange(n, device=device)[:, None] * s + torch.arange(s, device=device)
     selected = select_map(flat, factor.selection, results, graphs)
     if selected.dim() == 1:
         holder = ROW if factor.selection.rows is not None else POSITION

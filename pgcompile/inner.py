@@ -311,7 +311,8 @@ class DenseGraph:
                 context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dynamic)
                 fakes.append(mode.from_tensor(arg, symbolic_context=context, source=source))
             elif isinstance(example, torch.SymInt):
-                symbol = env.create_symbol(arg, source, dynamic_dim=DimDynamic.DUCK)
+                positive = None if arg < 0 else True  # None: not known
+                symbol = env.create_symbol(arg, source, dynamic_dim=DimDynamic.DUCK, positive=positive)
                 fakes.append(env.create_symintnode(symbol, hint=arg, source=source))
             else:
                 fakes.append(arg)

@@ -204,6 +204,6 @@ def _hides(graphs: PackedGraphs, columns: Columns, kept: np.ndarray, holes: Hole
         for i, changes in zip(part_columns(graphs), columns.changes, strict=True)
     }
     return [
-        torch.tensor([has_holes.get(c.key_valid, False), any(splits[i] for i in c.same_value)])
+        torch.tensor([has_holes.get(c.key_valid, False), any(splits[i] for i in c.same_value)], device="cpu")
         for c in graphs.mask_columns
     ]

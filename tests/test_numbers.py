@@ -23,6 +23,10 @@ from pgcompile import backend, inner
 VALUES = (0.1, 0.7, -1.3, 1e-3, 17.3, 0.3)
 
 
+# Graphs without attention, too, run as the compiler has them
+INNER = {"inner": "aot_eager", "fallback": "inner"}
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Nothing runs without the inner compiler unnoticed."""
@@ -75,6 +79,7 @@ SCHEDULES = {
     "inverse size": lambda x, b, step: (x * b).sum() / (x.shape[0] * 3.0) + x.sum() * (1 / x.shape[0]),
     "clip range": lambda x, b, step: x.clamp(1 - abs(b), 1 + abs(b)) + torch.clamp(x, max=b),
     "one bound": lambda x, b, step: x.clamp(b - 2, 3) + x.clamp(min=b),
+    "steps": lambda x, b, step: x * (b * (4 - step) / 7) + ((5 - step) * 0.1) * x,
     "clamped loss": lambda x, b, step: x.sum().clamp(min=b),
     "comparison": lambda x, b, step: x * (x > b) + x * (b >= x) + x * (b == x),
     "compared loss": lambda x, b, step: x * (x.mean() * 0 + 0.1 < b),
@@ -82,10 +87,13 @@ SCHEDULES = {
     "chosen loss": lambda x, b, step: torch.where(x > b, x.mean(), b) * x,
 }
 
+BESIDE_INTEGERS = {"bounded by a step": lambda x, b, step: x.clamp(b, step - 3) + x.clamp(b, True)}
+
 NUMBERS = {
     "layer norm": lambda x, b: F.layer_norm(x, (5,), eps=abs(b)),
     "in place": lambda x, b: x.clone().mul_(b),
     "function of a number": lambda x, b: torch.div(b, x),
+    "named": lambda x, b: torch.clamp(input=x, min=b),
     "keyword": lambda x, b: torch.add(x, x.exp(), alpha=b),
     "power": lambda x, b: x.exp() ** b,
     "both": lambda x, b: F.leaky_relu(x, b) * b,
@@ -100,7 +108,7 @@ NUMBERS = {
 def test_any_number_gives_what_eager_gives(name, dtype):
     """Bit for bit, dtypes and gradients included."""
     function = (ARITHMETIC | NUMBERS)[name]
-    fast = torch.compile(function, backend="pgcompile", options={"inner": "aot_eager"}, fullgraph=True)
+    fast = torch.compile(function, backend="pgcompile", options=INNER, fullgraph=True)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     for number in VALUES:
         expected, actual = outputs_and_gradient(function, x, number), outputs_and_gradient(fast, x, number)
@@ -108,7 +116,7 @@ def test_any_number_gives_what_eager_gives(name, dtype):
 
 
 def test_a_number_that_is_compiled_for_each_value_is_warned_of():
-    fast = torch.compile(lambda x, b: x.exp() ** b * 2, backend="pgcompile", options={"inner": "aot_eager"})
+    fast = torch.compile(lambda x, b: x.exp() ** b * 2, backend="pgcompile", options=INNER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast(torch.ones(3), 0.1)  # nobody knows that it will change
@@ -129,7 +137,7 @@ def test_assignments():
         x /= c
         return x
 
-    fast = torch.compile(function, backend="pgcompile", options={"inner": "aot_eager"}, fullgraph=True)
+    fast = torch.compile(function, backend="pgcompile", options=INNER, fullgraph=True)
     x = torch.randn(4, 5)
     for number in VALUES:
         expected, actual = outputs_and_gradient(function, x, number), outputs_and_gradient(fast, x, number)
@@ -137,7 +145,7 @@ def test_assignments():
 
 
 def test_division_of_a_number_by_zero_raises():
-    fast = torch.compile(lambda x, b: x * (1 / b), backend="pgcompile", options={"inner": "aot_eager"})
+    fast = torch.compile(lambda x, b: x * (1 / b), backend="pgcompile", options=INNER)
     for number in VALUES[:3]:
         fast(torch.ones(3), number)
     with pytest.raises(Exception, match="division by zero"):
@@ -145,11 +153,11 @@ def test_division_of_a_number_by_zero_raises():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, *BESIDE_INTEGERS])
 def test_what_python_computes_from_numbers(name, dtype):
     """Bit for bit, whatever the number is computed from: a step, a size, another float."""
-    function = SCHEDULES[name]
-    fast = torch.compile(function, backend="pgcompile", options={"inner": "aot_eager"}, fullgraph=True)
+    function = (SCHEDULES | BESIDE_INTEGERS)[name]
+    fast = torch.compile(function, backend="pgcompile", options=INNER, fullgraph=True)
     for step, number in enumerate(VALUES):
         x = torch.randn(4 + step, 5, generator=torch.Generator().manual_seed(step)).to(dtype)
         expected = outputs_and_gradient(function, x, number, step + 3)
@@ -220,6 +228,20 @@ def test_dynamic_numbers_of_a_model(shared):
         torch.testing.assert_close(fast(ids, number), model(ids, number), rtol=0, atol=1e-12)
     stats = pgcompile.stats()
     assert (stats.packed, stats.dense) == ((3, 0) if shared else (0, 3))
+
+
+def test_numbers_are_on_the_host_whatever_the_default_device_is():
+    model, ids = Tempered("half_rotary"), grouped_ids()
+    expected = [model(ids, number) for number in VALUES]
+    fast = compiled(model, {"inner": "aot_eager"})
+    torch.set_default_device("meta")
+    try:
+        actual = [fast(ids, number) for number in VALUES]
+    finally:
+        torch.set_default_device(None)
+    for got, want in zip(actual, expected):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert pgcompile.stats().packed == len(VALUES)
 
 
 def test_numbers_in_checkpointed_bodies():
@@ -301,7 +323,7 @@ def test_a_float64_tensor_without_dimensions_is_no_number(name):
     """Reading one makes a number of it: no gradient, and no later write, reaches that."""
     function = OWN_TENSORS[name]
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        fast = compiled(function, {"inner": "aot_eager"})
+        fast = compiled(function, INNER)
         for number in VALUES:
             results = []
             for call in (function, fast):

@@ -142,7 +142,7 @@ def additive(hidden_BLS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The kernel's mask, the same for all heads: minus infinity where a key is hidden."""
     if hidden_BLS is None:
         return None
-    never, always = (torch.tensor(x, dtype=dtype) for x in (-torch.inf, 0.0))
+    never, always = (torch.tensor(x, dtype=dtype, device="cpu") for x in (-torch.inf, 0.0))
     return torch.where(hidden_BLS, never, always)[:, None]
 
 
@@ -162,7 +162,7 @@ class Ranges:
 
     @functools.cached_property
     def indices_BL(self) -> Tensor:
-        return self.starts[:, None] + torch.arange(self.length)
+        return self.starts[:, None] + torch.arange(self.length, device="cpu")
 
     @functools.cached_property
     def first(self) -> int:

@@ -224,7 +224,7 @@ def path_gather(segments_M5: Tensor, window: int | None, device: torch.device) -
 def paths(segments_M5: Tensor) -> Tensor:
     """int64 [M, P], the segments from the root to each one, itself last; -1 in front of shorter paths."""
     parent = segments_M5[:, 4]
-    at = torch.arange(len(parent))
+    at = torch.arange(len(parent), device="cpu")
     steps = []
     while bool((at >= 0).any()):
         steps.append(at)
