@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import symbol_is_type
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.symbol import SymT
 
-from .graph import ancestors, example_values
+from .graph import ancestors
 from .reasons import source_line
 
 
@@ -74,7 +74,9 @@ def settle_numbers(
     settled = {name: settle_numbers(body, constants=True)[0] for name, body in bodies.items()}
     if not any(map(_is_number, gm.graph.nodes)) and all(settled[name] is bodies[name] for name in bodies):
         return gm, None
-    takers = set() if constants else {n for n in gm.graph.nodes if _varying_number(n) and _takes_tensor(n)}
+    takers = (
+        set() if constants else {n for n in gm.graph.nodes if _reads_varying_numbers(n) and _takes_tensor(n)}
+    )
     numbers = list(dict.fromkeys(n for taker in gm.graph.nodes if taker in takers for n in _numbers(taker)))
     graph = fx.Graph()
     env: dict[fx.Node, Any] = {}
@@ -132,7 +134,7 @@ def _sources(value: torch.SymFloat, symbol: Any) -> Iterator[Any]:
 # -- where a tensor will do ------------------------------------------------------------------------------------------
 
 
-def _varying_number(node: fx.Node) -> bool:
+def _reads_varying_numbers(node: fx.Node) -> bool:
     """Are there numbers among its arguments, all of which may change and can be computed before the call?"""
     numbers = list(_numbers(node))
     return (
@@ -194,7 +196,8 @@ def _is_plain(node: Any) -> bool:
 
 
 def _new_input(graph: fx.Graph, gm: fx.GraphModule, number: int) -> fx.Node:
-    fake = next(v for v in example_values(gm) if isinstance(v, torch._subclasses.FakeTensor))
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    fake = next(value for value in values if isinstance(value, torch._subclasses.FakeTensor))
     node = graph.placeholder(f"number_{number}")
     with fake.fake_mode:
         node.meta["example_value"] = torch.empty((), dtype=torch.float64, device="cpu")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -145,6 +146,12 @@ def test_assignments():
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_a_graph_of_numbers_alone_has_nothing_to_pack():
+    fast = torch.compile(lambda n: torch.ones(3) * (n / 7), backend="pgcompile", options={"strict": True})
+    for n in (3, 4, 5):
+        torch.testing.assert_close(fast(n), torch.full((3,), n / 7), rtol=0, atol=0)
+
+
 def test_division_of_a_number_by_zero_raises():
     fast = torch.compile(lambda x, b: x * (1 / b), backend="pgcompile", options=INNER)
     for number in VALUES[:3]:
@@ -168,7 +175,7 @@ def test_what_python_computes_from_numbers(name):
 @pytest.mark.parametrize("name", [*ARITHMETIC, *SCHEDULES])
 def test_a_number_that_changes_compiles_twice(name):
     """As with Inductor: once as a constant, and once for all others (and for sizes that didn't change at first)."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("pgcompile")
+    counter = CompileCounterWithBackend("pgcompile")
     if name in ARITHMETIC:
         fast = torch.compile(lambda x, b, step: ARITHMETIC[name](x, b), backend=counter, fullgraph=True)
     else:
@@ -201,9 +208,7 @@ def grouped_ids(rows=4, prefix=12, answer=5):
 
 def test_a_number_that_changes_in_a_packed_graph():
     model, ids = Tempered(), grouped_ids()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(
-        lambda gm, inputs: backend.pgcompile(gm, inputs, options=ALWAYS_PACK)
-    )
+    counter = CompileCounterWithBackend(lambda gm, inputs: backend.pgcompile(gm, inputs, options=ALWAYS_PACK))
     fast = torch.compile(model, backend=counter, fullgraph=True)
     for number in VALUES:
         reference = copy.deepcopy(model)
@@ -328,7 +333,7 @@ class Twice(torch.autograd.Function):
 
 
 def test_a_graph_that_is_refused_has_no_guards_on_numbers():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("pgcompile")
+    counter = CompileCounterWithBackend("pgcompile")
     fast = torch.compile(lambda x, b: F.leaky_relu(Twice.apply(x), b), backend=counter)
     x = torch.randn(5, requires_grad=True)
     for number in VALUES:
