@@ -753,7 +753,8 @@ class Mix(nn.Module):
         return torch.baddbmm(a[:, :1], a, a.mT @ a).view(x.shape)
 
 
-def test_a_number_of_tokens_that_the_inner_compiler_excludes():
+@pytest.mark.slow
+def test_a_number_of_tokens_that_inductor_excludes():
     """`T != 8` is a guard. A graph serves the side of it that it was compiled on."""
     model = zoo()
     model.ln_f = nn.Sequential(Mix(), model.ln_f)
@@ -776,6 +777,26 @@ def specialising(gm, inputs, options):
     tokens = [size for shape in shapes for size in shape if size_hint(size) < 1000]
     assert sum(map(int, tokens)) > 0
     return gm
+
+
+def comparing(gm, inputs, options):
+    """An inner compiler that asks whether there are 8 tokens."""
+    shapes = [tensor.shape for tensor in inputs if isinstance(tensor, torch.Tensor)]
+    sizes = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt) and size_hint(s) < 1000]
+    assert [bool(size == 8) for size in sizes]
+    return gm
+
+
+def test_graphs_for_each_side_of_a_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(inner, "compile_inner", comparing)
+    model = zoo()
+    fast = compiled(model, {"inner": "aot_eager"}, dynamic=True)
+    for tokens in (12, 10, 8, 6, 5, 8, 14):
+        ids = torch.arange(4).repeat(tokens - 3, 1)
+        ids[:, -1] = torch.arange(tokens - 3)
+        torch.testing.assert_close(fast(ids), model(ids), rtol=0, atol=1e-10)
+    stats = pgcompile.stats()
+    assert (stats.packed, stats.compiles) == (7, 3)
 
 
 def test_graphs_for_single_numbers_of_tokens(monkeypatch):
