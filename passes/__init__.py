@@ -38,7 +38,8 @@ def opaque_pass(c: Compilation) -> None:
 def numbers_pass(c: Compilation) -> None:
     """Symbolic floats → tensors without dimensions that are computed before each call, or constants."""
     c.settled, c.numbers = settle_numbers(c.dynamo, c.constant_numbers)
-    c.inlined, c.checkpoints = inline_checkpoints(c.settled)
+    if c.settled is not c.dynamo:
+        c.inlined, c.checkpoints = inline_checkpoints(c.settled)
 
 
 def aten_pass(c: Compilation) -> None:
@@ -143,7 +144,7 @@ def checkpoint_pass(c: Compilation) -> None:
 
 PASSES: tuple[Pass, ...] = (
     inline_pass,  # before all that looks at nodes
-    opaque_pass,  # on Dynamo's graph: the next pass inlines what it looks for
+    opaque_pass,  # on Dynamo's graph: tracing to ATen inlines what it looks for
     numbers_pass,  # behind that: for a graph that runs as written, nothing is guarded on
     aten_pass,  # before all that reads operations
     canonicalize_pass,  # before what asks what depends on what

@@ -118,7 +118,7 @@ def to_aten(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class _ConstantFloats(fx.Interpreter):
-    """Takes symbolic floats that depend on sizes at their value, which Dynamo then guards on (others: numbers.py)."""
+    """Takes symbolic floats that were read from tensors at their value, which Dynamo guards on (others: numbers.py)."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

@@ -99,6 +99,11 @@ def settle_numbers(
     return copy, _computing(gm, numbers) if numbers else None
 
 
+def with_numbers(numbers: fx.GraphModule | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the settled graph takes, and all that is made of it, for arguments of Dynamo's graph."""
+    return args if numbers is None else (*args, *numbers(*args))
+
+
 def _value(number: fx.Node, user: fx.Node) -> float:
     """A number as a constant."""
     value = number.meta["example_value"]

@@ -56,10 +56,6 @@ class Compilation:
     seconds: dict[str, float] = field(default_factory=dict)
     errors: list[BaseException] = field(default_factory=list)
 
-    def inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `settled` takes, and all that is made of it, for the arguments of `dynamo`."""
-        return args if self.numbers is None else (*args, *self.numbers(*args))
-
     def refuse(self, *reasons: Unsupported) -> None:
         self.reasons += [FallbackReason.of(r) for r in reasons]
 

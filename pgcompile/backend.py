@@ -37,6 +37,7 @@ from .packed_tree import PackedTrees
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.checkpoint import without_compiler
 from .passes.layout import POSITION, ROW, Dim
+from .passes.numbers import with_numbers
 from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import HARMLESS, Unsupported
 from .plan import Plan, build_plan, kept_elements
@@ -78,7 +79,7 @@ def pgcompile(
     with compiling():
         compilation = _compile(gm, chosen, survey)
     try:
-        report = _graph_report(gm, compilation, chosen)
+        report = _graph_report(compilation, chosen)
     except ValueError as error:  # an engine asked for by name that can't run here
         return functools.partial(_raise, error, None)
     if collector is not None:
@@ -119,9 +120,9 @@ def _run_eager(run: Callable[..., Any], *args: Any) -> Any:
     return run(*args)
 
 
-def _graph_report(gm: fx.GraphModule, compilation: Compilation, options: Options) -> GraphReport:
+def _graph_report(compilation: Compilation, options: Options) -> GraphReport:
     report = GraphReport("eager" if compilation.reasons else "packed", fallbacks=list(compilation.reasons))
-    broken = break_behind(gm)
+    broken = break_behind(compilation.dynamo)
     report.notes += [broken] if broken is not None else []
     report.seconds = dict(compilation.seconds)
     for match in compilation.matches:
@@ -171,7 +172,7 @@ class PackedCall:
         self.cost: Cost = count_work(compilation.analysis, self.graphs)
         self.speed = speed
         self.dense = DenseGraph(compilation, options)
-        self.all_inputs = compilation.inputs
+        self.numbers = compilation.numbers
         self.families: dict[Any, Family] = {}
         self.trees = PackedTrees()
         inputs = enumerate(self.graphs.inputs)
@@ -182,7 +183,7 @@ class PackedCall:
         self.failures = backward_failures()
 
     def __call__(self, *given: Any) -> Any:
-        args = self.all_inputs(given)
+        args = with_numbers(self.numbers, given)
         report = BatchReport(self.index)
         if self.failures != backward_failures():
             self.failures = backward_failures()

@@ -29,6 +29,7 @@ from . import stats
 from .modes import modes
 from .options import Options
 from .passes.checkpoint import without_compiler
+from .passes.numbers import with_numbers
 from .passes.packed_graphs import PackedGraphs
 from .passes.pipeline import Compilation
 from .passes.verify import fake_inputs as packed_inputs
@@ -135,7 +136,7 @@ def compiled_packed(
                 raise RuntimeError(f"{text}{len(family.failures)} of them{last}")
             try:
                 family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
-            except Exception as error:
+            except Exception as error:  # raised again, and counted
                 family.failures.append(f"{type(error).__name__}: {error}")
                 raise
             stats.count(compiles=1)
@@ -152,7 +153,7 @@ def _compile_packed(
     sizes = [dynamic_size(env, "tokens", tokens), dynamic_size(env, "scored", scored or 100019)]
     segments = dynamic_size(env, "segments", 100003)
     symbols = [size.node.expr for size in sizes]  # once specialised, a size no longer shows its symbol
-    unknown = segments.node.expr
+    segment = segments.node.expr
     with FakeTensorMode(shape_env=env):
         inputs = packed_inputs(graphs, aten_gm, sizes[0], segments, sizes[1])
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
@@ -164,7 +165,7 @@ def _compile_packed(
                 low, high = _bounds(guard.expr, symbol, size.node.hint)
                 served[i] = max(served[i][0], low), min(served[i][1], high)
     artifact = Artifact(call, *served)
-    if any(unknown in guard.expr.free_symbols for guard in env.guards) or not artifact.serves(tokens, scored):
+    if any(segment in guard.expr.free_symbols for guard in env.guards) or not artifact.serves(tokens, scored):
         guards = ", ".join(str(guard.expr) for guard in env.guards)
         raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guards}")
     return artifact
@@ -260,10 +261,9 @@ class DenseGraph:
     def __init__(self, compilation: Compilation, options: Options) -> None:
         self.gm = compilation.dynamo
         self.settled = compilation.settled or compilation.dynamo
-        self.all_inputs = compilation.inputs
-        self.num_given = len(self.gm.graph.find_nodes(op="placeholder"))
+        self.numbers = compilation.numbers
         self.options = options
-        self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any]]] = []
+        self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any] | None]] = []  # None: eager
 
     @functools.cached_property
     def eager(self) -> fx.GraphModule:
@@ -272,11 +272,11 @@ class DenseGraph:
     def __call__(self, *given: Any) -> Any:
         if self.options.inner == "eager":
             return self.eager(*given)
-        args = self.all_inputs(given)
+        args = with_numbers(self.numbers, given)
         current = modes()
         for env, code, compiled_modes, call in self.compiled:
             if current == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
-                return call(*args)
+                return self.eager(*given) if call is None else call(*args)
         if len(self.compiled) >= self.MOST:
             return self.eager(*given)
         try:
@@ -285,12 +285,9 @@ class DenseGraph:
         except Exception as error:  # of somebody else's compiler; the graph runs without it
             text = "the inner compiler failed on the original graph, which runs eagerly: %s: %s"
             log.warning(text, type(error).__name__, error)
-            self.compiled.append((ShapeEnv(), None, current, self._without_compiler))
+            self.compiled.append((ShapeEnv(), None, current, None))
             return self.eager(*given)
         return call(*args)
-
-    def _without_compiler(self, *args: Any) -> Any:
-        return self.eager(*args[: self.num_given])
 
     def _compile(self, args: Sequence[Any], current: Any) -> Callable[..., Any]:
         from torch._dynamo.source import ConstantSource

@@ -753,6 +753,13 @@ class Mix(nn.Module):
         return torch.baddbmm(a[:, :1], a, a.mT @ a).view(x.shape)
 
 
+def sharing_a_prompt(tokens):
+    """Rows of four positions with as many distinct tokens: they differ in the last one."""
+    ids = torch.arange(4).repeat(tokens - 3, 1)
+    ids[:, -1] = torch.arange(tokens - 3)
+    return ids
+
+
 @pytest.mark.slow
 def test_a_number_of_tokens_that_inductor_excludes():
     """`T != 8` is a guard. A graph serves the side of it that it was compiled on."""
@@ -764,26 +771,27 @@ def test_a_number_of_tokens_that_inductor_excludes():
     ):
         fast = compiled(model, {"inner": "inductor"}, dynamic=True)
         for tokens in (12, 10, 8, 6):
-            ids = torch.arange(4).repeat(tokens - 3, 1)
-            ids[:, -1] = torch.arange(tokens - 3)
+            ids = sharing_a_prompt(tokens)
             torch.testing.assert_close(fast(ids), model(ids), rtol=0, atol=1e-10)
     stats = pgcompile.stats()
     assert (stats.packed, stats.compiles) == (4, 3)
 
 
-def specialising(gm, inputs, options):
-    """An inner compiler that makes a graph for each number of tokens (not of segments: their hint is large)."""
+def numbers_of_tokens(inputs):
+    """The symbolic sizes among what an inner compiler gets, but those of segments, whose hint is large."""
     shapes = [tensor.shape for tensor in inputs if isinstance(tensor, torch.Tensor)]
-    tokens = [size for shape in shapes for size in shape if size_hint(size) < 1000]
-    assert sum(map(int, tokens)) > 0
+    return [s for shape in shapes for s in shape if isinstance(s, torch.SymInt) and size_hint(s) < 1000]
+
+
+def specialising(gm, inputs, options):
+    """An inner compiler that makes a graph for each number of tokens."""
+    assert sum(map(int, numbers_of_tokens(inputs))) > 0
     return gm
 
 
 def comparing(gm, inputs, options):
     """An inner compiler that asks whether there are 8 tokens."""
-    shapes = [tensor.shape for tensor in inputs if isinstance(tensor, torch.Tensor)]
-    sizes = [s for shape in shapes for s in shape if isinstance(s, torch.SymInt) and size_hint(s) < 1000]
-    assert [bool(size == 8) for size in sizes]
+    assert [bool(size == 8) for size in numbers_of_tokens(inputs)]
     return gm
 
 
@@ -792,8 +800,7 @@ def test_graphs_for_each_side_of_a_number_of_tokens(monkeypatch):
     model = zoo()
     fast = compiled(model, {"inner": "aot_eager"}, dynamic=True)
     for tokens in (12, 10, 8, 6, 5, 8, 14):
-        ids = torch.arange(4).repeat(tokens - 3, 1)
-        ids[:, -1] = torch.arange(tokens - 3)
+        ids = sharing_a_prompt(tokens)
         torch.testing.assert_close(fast(ids), model(ids), rtol=0, atol=1e-10)
     stats = pgcompile.stats()
     assert (stats.packed, stats.compiles) == (7, 3)
