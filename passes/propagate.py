@@ -30,6 +30,7 @@ from .graph import (
     is_state,
     is_tensor,
     mutated_args,
+    same_shape,
     same_size,
     shape,
     size_hint,
@@ -293,9 +294,7 @@ class _Walk:
     def _keeps_shape(self, node: fx.Node) -> TokenLayout | None:
         """The layout of a stream argument that has the result's shape."""
         same = (
-            n
-            for n in node.all_input_nodes
-            if self.out.kind(n) == STREAM and shape(n) == shape(node) and shape(n)
+            n for n in node.all_input_nodes if self.out.kind(n) == STREAM and shape(n) and same_shape(n, node)
         )
         return next((self.out.values[n].layout for n in same), None)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from harness import BACKEND, assert_same, compiled, differences, kept_positions, run, status_of
-from refusals import CASES, HEADS, HIDDEN, Stream
+from refusals import ANYTHING, CASES, HEADS, HIDDEN, Case, Stream
 
 # (rows, positions): no size equals another, then each coincidence that a size-reading analysis would fall for.
 SIZES = {
@@ -98,6 +98,28 @@ def test_weights_that_redefine_operations():
     torch._dynamo.reset()
     found = torch.compile(model, backend="pgcompile", options={"inner": "eager"})(*arguments)
     assert torch.equal(found.a, model(*arguments).a)
+
+
+def _adapted_where_marked(m, x, ids, mask):
+    """As an adapter for one language of several: how many tokens it gets, only the run knows."""
+    marked = (ids[:, :1] % 2 == 0).expand_as(ids)
+    adapted = torch.zeros_like(x)
+    adapted[marked] = x[marked].tanh()
+    return x + adapted
+
+
+@needs_pgcompile
+def test_a_size_that_depends_on_values():
+    import pgcompile
+
+    case = Case("_adapted_where_marked", "between", _adapted_where_marked, ANYTHING)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        explanation = pgcompile.explain(
+            case.build(), *case.arguments(*SIZES["generic"]), options={"inner": "eager"}
+        )
+    (graph,) = explanation.graphs
+    assert {reason.kind for reason in graph.fallbacks} == {"token_mixing"}
 
 
 class Embedded(nn.Module):
