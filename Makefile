@@ -18,7 +18,7 @@ WORKERS ?= 2
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.pgcompile-installed
 TREE  := .mypy_cache/tree/pgcompile
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 GPU_PYTHON := $(PYTHON)
 GPU_BENCH  := $(GPU_PYTHON) -m pgcompile bench --device cuda --dtype bf16 --budget-seconds 420

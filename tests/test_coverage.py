@@ -22,7 +22,13 @@ ROOT = Path(__file__).parent.parent
 CLASS_A = [name for name in MODEL_TYPES if CLASSES.get(name) == "A"]
 
 
-@pytest.mark.parametrize("model_type", CLASS_A)
+def _slow_if_twice(name):
+    """The decoder of a type that is there, too."""
+    twice = name.endswith("_text") and name.removesuffix("_text") in CLASS_A
+    return pytest.param(name, marks=pytest.mark.slow) if twice else name
+
+
+@pytest.mark.parametrize("model_type", [_slow_if_twice(name) for name in CLASS_A])
 def test_class_a_packs_exactly(model_type):
     row = measure(model_type)
     assert (row.status, row.reasons) == ("packed", [])

@@ -89,7 +89,7 @@ def test_forward_and_backward_with_labels(name, padding):
 
 
 @pytest.mark.parametrize("padding", BATCHES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_forward_and_backward_without_labels(name, padding):
     batch = batch_of(padding)
     assert_packs(name, batch, batch.inputs | {"use_cache": False})
@@ -328,6 +328,7 @@ CHECKED_IN_A_FRESH_PROCESS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "pgcompile", reason="checks pgcompile against eager")
 def test_check_after_a_run_without_it(tmp_path):
     """Kernels in inductor's cache may overwrite what backward reads; `check` needs it twice."""

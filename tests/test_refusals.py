@@ -31,13 +31,18 @@ def test_same_as_the_original(name, size):
         assert status_of(report.stats) in case.outcome.statuses
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_one_dynamic_compile_over_sizes(name):
-    """Square first: Dynamo then uses one symbol for rows and positions if it is allowed to."""
+# Square first, Dynamo uses one symbol for rows and positions if it is allowed to; then it compiles twice.
+@pytest.mark.parametrize(
+    "name, first", [(name, [(5, 5), (6, 10)][number % 2]) for number, name in enumerate(CASES)]
+)
+@torch._dynamo.config.patch(
+    fake_tensor_cache_enabled=False
+)  # with symbolic sizes it costs more than it saves
+def test_one_dynamic_compile_over_sizes(name, first):
     case = CASES[name]
     reference, original = case.build(), case.build()
     fast = compiled(original, dynamic=True)
-    for seed, (rows, positions) in enumerate([(5, 5), (6, 10), (HEADS, HIDDEN)]):
+    for seed, (rows, positions) in enumerate([first, (7, 11), (8, 8), (HEADS, HIDDEN)]):
         arguments = case.arguments(rows, positions, seed=seed)
         kept = kept_positions(*arguments[:2]) if arguments[1] is not None else None
         expected = run(reference, arguments, kept=kept)

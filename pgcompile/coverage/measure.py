@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import json
@@ -96,29 +95,40 @@ def _measure(row: Row, tiny: TinyModel, batch: BenchBatch) -> None:
     model = tiny.model.double()
     if single is not None:
         cast(Any, model).set_experts_implementation("batched_mm")  # grouped_mm has no float64
-    row.precision, context = _precision_of(model, inputs)
-    with context():
-        if not is_causal(model, inputs, batch):
-            row.status, row.reasons = (
-                "not causal",
-                ["a token's logits depend on later tokens or on other rows"],
-            )
-            return
-        expected = _outcome(model, model, inputs, batch.kept)
-        reports: list[Any] = []
-        fast = _compiled(model, reports, fullgraph=row.precision == "float64")
-        actual = _outcome(fast, model, inputs, batch.kept)
-    _report(row, reports)
-    row.value_error, row.gradient_error = errors(actual, expected)
+    compare = functools.partial(_compare, row, model, inputs, batch)
+    try:
+        row.precision = "float64"
+        with float64_everywhere():
+            compare(fullgraph=True)
+    except Exception:  # whatever a model's code may raise at a dtype or a break that it didn't expect
+        torch._dynamo.reset()
+        row.precision = "float64, float32 inside"
+        compare(fullgraph=False)
+    if row.status == "not causal":
+        return
     most_value, most_gradient = BOUNDS[row.precision]
     if not (row.value_error <= most_value and row.gradient_error <= most_gradient):
         row.status = "wrong"
     if single is not None:
-        reports.clear()
+        reports: list[Any] = []
         row.float32_ratio = float32_ratio(single, model, tiny, _compiled(single, reports, fullgraph=False))
         _report(row, reports)
         if not row.float32_ratio <= 2:
             row.status = "wrong"
+
+
+def _compare(
+    row: Row, model: nn.Module, inputs: Mapping[str, Any], batch: BenchBatch, fullgraph: bool
+) -> None:
+    """Status, reasons and errors of the model as it is."""
+    if not is_causal(model, inputs, batch):
+        row.status, row.reasons = "not causal", ["a token's logits depend on later tokens or on other rows"]
+        return
+    reports: list[Any] = []
+    expected = _outcome(model, model, inputs, batch.kept)
+    actual = _outcome(_compiled(model, reports, fullgraph), model, inputs, batch.kept)
+    _report(row, reports)
+    row.value_error, row.gradient_error = errors(actual, expected)
 
 
 def _compiled(model: nn.Module, reports: list[Any], fullgraph: bool) -> Callable[..., Any]:
@@ -162,18 +172,6 @@ def inputs_of(tiny: TinyModel, batch: BenchBatch) -> dict[str, Any]:
     if "use_cache" in tiny.parameters or "kwargs" in tiny.parameters:
         inputs["use_cache"] = False
     return inputs
-
-
-def _precision_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[str, Callable[[], Any]]:
-    """Promoted float64 if the model runs in it in one graph, else float64 with its own casts left alone."""
-    try:
-        with torch.no_grad(), float64_everywhere():
-            torch.compile(model, backend="eager", fullgraph=True)(**inputs)
-        return "float64", float64_everywhere
-    except Exception:  # whatever a model's code may raise at a dtype or a break that it didn't expect
-        return "float64, float32 inside", contextlib.nullcontext
-    finally:
-        torch._dynamo.reset()
 
 
 def _outcome(call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any], kept: Tensor) -> _Outcome:
