@@ -79,8 +79,7 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
         lines.append(_line([f"**{name_of(record)}**", *[""] * len(columns)]))
         for row in record.rows:
             if row.status in ("measured", "wrong", "out of memory", "error"):
-                label = row.name if row.status == "measured" else f"{row.name}: {row.status}"
-                lines.append(_line([label, *(cell(record, row) for cell in columns.values())]))
+                lines.append(_line([row.name, *(cell(record, row) for cell in columns.values())]))
     missing = list(dict.fromkeys(reason for record in records for reason in reasons(record)))
     lines += ["", "Without figures:", "", *(f"- {reason}" for reason in missing)] if missing else []
     below = [_below(record, notes) for record in records]

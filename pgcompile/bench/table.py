@@ -23,7 +23,8 @@ Cell = Callable[[Record, Row], str]
 
 
 def _time(record: Record, row: Row) -> str:
-    return _seconds([row.median]) if row.median is not None else ""
+    """The median, or why there is none."""
+    return _seconds([row.median]) if row.median is not None else row.status
 
 
 def _range(record: Record, row: Row) -> str:
@@ -74,10 +75,10 @@ def _only_sharing(form: Callable[[Record, Row], float | None], text: str) -> Cel
 
 COLUMNS: dict[str, Cell] = {
     "median": _time,
-    "min–max": _range,
     "speed-up": lambda record, row: _cell(record.speedup(row), "{:.2f}"),
     "ideal": _only_sharing(lambda record, row: None if row.median is None else record.ideal, "{:.2f}"),
     "efficiency": lambda record, row: _cell(record.efficiency(row), "{:.0%}"),
+    "min–max": _range,
     "reported": lambda record, row: reported(record) if row.name == OURS else "",
     "peak memory": _memory,
     "of dense": lambda record, row: _cell(record.memory_ratio(row), "{:.0%}"),
@@ -123,27 +124,26 @@ def headline(record: Record) -> str:
 
 def terminal_tables(records: Sequence[Record], width: int) -> list[Table]:
     """A section for each case; several tables below each other where the terminal is too narrow for all columns."""
-    lines: list[tuple[Record, Row | None, Text]] = []
+    lines: list[tuple[Record, Row | None]] = []
     for record in records:
-        lines.append((record, None, Text(name_of(record), "bold")))
-        for row in record.rows:
-            label = Text(f"  {row.name}")
-            if row.status != "measured":
-                label.append(f": {row.status}", COLORS[row.status])
-            lines.append((record, row, label))
+        lines += [(record, None), *((record, row) for row in record.rows)]
+    labels = [
+        Text(name_of(record), "bold") if row is None else Text(f"  {row.name}", COLORS[row.status])
+        for record, row in lines
+    ]
     gap = 2  # a space of padding, and one between columns
-    room = width - max(len(label) for _, _, label in lines) - gap - 2  # the box has a space on each side
+    room = width - max(map(len, labels)) - gap - 2  # the box has a space on each side
     groups: list[dict[str, list[str]]] = []
     left = 0
     for name, cell in used_columns(records).items():
-        cells = ["" if row is None else cell(record, row) for record, row, _ in lines]
+        cells = ["" if row is None else cell(record, row) for record, row in lines]
         needed = max(map(len, (name, *cells))) + gap
         if needed > left or not groups:
             groups.append({})
             left = room
         left -= needed
         groups[-1][name] = cells
-    return [_table([label for _, _, label in lines], group) for group in groups]
+    return [_table(labels, group) for group in groups]
 
 
 def _table(labels: Sequence[Text], columns: Mapping[str, Sequence[str]]) -> Table:
@@ -151,8 +151,8 @@ def _table(labels: Sequence[Text], columns: Mapping[str, Sequence[str]]) -> Tabl
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for cells in zip(labels, *columns.values(), strict=True):
-        table.add_row(*cells)
+    for label, *cells in zip(labels, *columns.values(), strict=True):
+        table.add_row(label, *(Text(cell, label.style if cell in COLORS else "") for cell in cells))
     return table
 
 
