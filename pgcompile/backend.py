@@ -191,7 +191,7 @@ class PackedCall:
         modes = GlobalModes()
         try:
             results, plan = self._plan(args, report)
-            call, inputs = self._prepare(args, results, plan, report)
+            inputs = self._inputs(args, results, plan)
         except DenseCall as reason:
             return self._run_dense(given, report, reason.kind, reason.explanation)
         except Exception as error:  # nothing ran yet: the original does, and says why
@@ -199,7 +199,7 @@ class PackedCall:
                 raise
             return self._run_dense(given, report, "internal_error", f"{type(error).__name__}: {error}", error)
         try:
-            packed = call(*inputs)
+            packed = self._compiled(plan, report)(*inputs)
             if report.head_chunks:
                 packed = self._run_head(packed, inputs, args, results, plan, report)
             outputs = self._late(args, results, packed, plan)
@@ -247,15 +247,16 @@ class PackedCall:
             raise DenseCall("not_worth_it", text)
         return results, plan
 
-    def _prepare(
-        self, args: Sequence[Any], results: Sequence[Any], plan: Plan, report: BatchReport
-    ) -> tuple[Callable[..., Any], list[Any]]:
+    def _inputs(self, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> list[Any]:
         inputs = [args[spec.index] if spec.kind == "argument" else None for spec in self.graphs.inputs]
         for at, spec in self.made_inputs:
             inputs[at] = self._input(spec, results, plan)
+        return inputs
+
+    def _compiled(self, plan: Plan, report: BatchReport) -> Callable[..., Any]:
         if plan.tokens == 1 or (plan.scored is not None and plan.scored.tokens == 1):
             # sizes of 1 are special to compilers, and there is nothing to gain
-            return self.eager_packed, inputs
+            return self.eager_packed
         graphs = self.graphs
         if graphs.head is not None:
             report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan))
@@ -266,7 +267,7 @@ class PackedCall:
         if family is None:
             family = self.families[key] = family_of(graphs, self.aten, self.options)
         scored = 0 if plan.scored is None else plan.scored.tokens
-        return compiled_packed(family, graphs, self.aten, plan.tokens, scored, self.options), inputs
+        return compiled_packed(family, graphs, self.aten, plan.tokens, scored, self.options)
 
     @functools.cached_property
     def eager_packed(self) -> fx.GraphModule:

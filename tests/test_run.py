@@ -167,7 +167,7 @@ def switched_on(options):
     pgcompile.reset_stats()
     found = Everywhere(options)
     # not by monkeypatch: pytest 9.2 undoes by deleting, and torch's settings can't be deleted
-    with torch._functorch.config.patch(donated_buffer=True):
+    with torch._functorch.config.patch(donated_buffer=True), torch._dynamo.config.patch(optimize_ddp=True):
         switch_on(found)
         try:
             yield found

@@ -1214,6 +1214,8 @@ def test_when_something_fails_the_original_runs(what, monkeypatch, caplog):
     assert len(records) == (2 if what == "inner" else 1)
     assert all("seeded failure" in record.getMessage() for record in records)
     assert "Seeded" in records[-1].getMessage()
+    kind = "engine_error" if what in ("engine", "inner") else "internal_error"
+    assert f"{kind}: " in records[-1].getMessage()
 
 
 def test_an_inner_compiler_that_fails_is_asked_again(monkeypatch):

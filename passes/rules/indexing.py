@@ -140,7 +140,7 @@ def _look_up(op: Op, table: Operand, given: dict[int, Operand]) -> Outcome | Uns
 
 
 def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outcome | Unsupported:
-    """gather along a plain dim. A late index (labels) gives one entry per distinct (token, label)."""
+    """gather along a plain dim. A late index (labels) gives an entry of its token for each label of the batch."""
     if not isinstance(x, Operand) or x.kind != STREAM:
         return refuse("unknown_op", "a table is gathered by values computed from tokens")
     rank = x.tokens.rank

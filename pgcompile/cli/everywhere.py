@@ -208,6 +208,8 @@ def _has_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def switch_on(everywhere: Everywhere) -> None:
     # scripts may run backward twice (retain_graph=True), which kernels that overwrite what was saved can't
     torch._functorch.config.donated_buffer = False
+    # or Dynamo cuts models where DistributedDataParallel's buckets of gradients end
+    torch._dynamo.config.optimize_ddp = False
     nn.Module._compiled_call_impl = everywhere  # type: ignore[assignment]
 
 
