@@ -6,6 +6,7 @@ turns each into a `FallbackReason` that a user can act on (docs/fallbacks.md has
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,17 @@ HINTS: dict[str, str] = {
 HARMLESS = frozenset({"nothing_to_pack", "kv_cache", "not_worth_it", "empty_batch"})
 
 
+# Attention by kernels that only their packages' own code can call, in the name of an operation or of a file.
+_OTHER_ATTENTION = re.compile("flash_att|flex_att")
+
+
+def hint_for(kind: str, hint: str, *places: str) -> str:
+    """What to do about a reason: `hint`, or what its kind says; at `places` of other attention, to leave that."""
+    if kind not in HARMLESS and any(map(_OTHER_ATTENTION.search, places)):
+        return 'use scaled_dot_product_attention; in transformers, load the model with attn_implementation="sdpa"'
+    return hint or HINTS[kind]
+
+
 @dataclass(frozen=True)
 class Unsupported:
     """What a rule or a match returns when it can't prove its case.
@@ -129,14 +141,11 @@ class FallbackReason:
     @classmethod
     def of(cls, reason: Unsupported) -> FallbackReason:
         node = reason.node
-        return cls(
-            kind=reason.kind,
-            node=node.name if node is not None else "",
-            target=str(node.target) if node is not None else "",
-            explanation=reason.explanation,
-            hint=reason.hint or HINTS[reason.kind],
-            source=source_line(node) if node is not None else "",
+        name, target, source = (
+            ("", "", "") if node is None else (node.name, str(node.target), source_line(node))
         )
+        hint = hint_for(reason.kind, reason.hint, target, source)
+        return cls(reason.kind, name, target, reason.explanation, hint, source)
 
     def __str__(self) -> str:
         where = f" at {self.source}" if self.source else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from .passes.reasons import HINTS, FallbackReason, is_users
+from .passes.reasons import FallbackReason, hint_for, is_users
 
 
 def break_behind(gm: fx.GraphModule) -> FallbackReason | None:
@@ -49,10 +49,11 @@ def _reason(message: Any, path: str | None, line: int | None) -> FallbackReason:
     """Of Dynamo's message the first line: the others are for those who know Dynamo."""
     text = next(iter(str(message).strip().splitlines()), "")
     text = "it can't trace what this calls" if text == "step_unsupported" else text
-    hint = HINTS["graph_break"]
+    code = linecache.getline(path, line).strip() if path and line else ""
+    source = f"{path}:{line}" + (f": {code}" if code else "") if path and line else ""
+    hint = ""
     if "optimize_ddp" in text:
         text = "it cuts graphs where DistributedDataParallel's buckets of gradients end"
         hint = "set torch._dynamo.config.optimize_ddp = False before the first step"
-    code = linecache.getline(path, line).strip() if path and line else ""
-    source = f"{path}:{line}" + (f": {code}" if code else "") if path and line else ""
+    hint = hint_for("graph_break", hint, source)
     return FallbackReason("graph_break", "", "", f"Dynamo stops tracing: {text}", hint, source)

@@ -127,6 +127,48 @@ def test_a_size_that_depends_on_values():
     assert {reason.kind for reason in graph.fallbacks} == {"token_mixing"}
 
 
+@torch.library.custom_op("flash_attn_of_tests::forward", mutates_args=())
+def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@flash_attention.register_fake
+def _(q, k, v):
+    return torch.empty_like(q)
+
+
+def by_its_function(m, q, k, v, ids, mask):
+    return flash_attention(q, k, v)
+
+
+def by_flex_attention(m, q, k, v, ids, mask):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v)
+
+
+def by_unpadding(m, q, k, v, ids, mask):
+    torch._dynamo.graph_break()
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+# Dynamo ends the graph in a file that is called so
+by_unpadding.__code__ = by_unpadding.__code__.replace(co_filename="modeling_flash_attention_utils.py")
+
+
+@needs_pgcompile
+@pytest.mark.parametrize("attend", [by_its_function, by_flex_attention, by_unpadding])
+def test_other_attention_has_a_hint(attend):
+    import pgcompile
+
+    case = Case(attend.__name__, "attention", attend, ANYTHING)
+    torch._dynamo.reset()
+    model = case.build().requires_grad_(False)  # flex_attention has no backward on CPU
+    explanation = pgcompile.explain(model, *case.arguments(*SIZES["generic"]), options={"inner": "eager"})
+    reasons = explanation.breaks + [r for graph in explanation.graphs for r in graph.fallbacks]
+    assert any('attn_implementation="sdpa"' in reason.hint for reason in reasons), str(explanation)
+
+
 class Embedded(nn.Module):
     """Gets tokens as floats [N, S, d]."""
 
