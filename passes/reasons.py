@@ -86,7 +86,8 @@ _OTHER_ATTENTION = re.compile("flash_att|flex_att")
 
 def hint_for(kind: str, hint: str, *places: str) -> str:
     """What to do about a reason: `hint`, or what its kind says; at `places` of other attention, to leave that."""
-    if kind not in HARMLESS and any(map(_OTHER_ATTENTION.search, places)):
+    names = [place.partition(":")[0].rpartition("/")[2] for place in places]  # of files without folders
+    if kind not in HARMLESS and any(map(_OTHER_ATTENTION.search, names)):
         return 'use scaled_dot_product_attention; in transformers, load the model with attn_implementation="sdpa"'
     return hint or HINTS[kind]
 

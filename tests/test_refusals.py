@@ -169,6 +169,13 @@ def test_other_attention_has_a_hint(attend):
     assert any('attn_implementation="sdpa"' in reason.hint for reason in reasons), str(explanation)
 
 
+@needs_pgcompile
+def test_a_folder_is_no_kernel():
+    from pgcompile.passes.reasons import HINTS, hint_for
+
+    assert hint_for("unknown_op", "", "aten.x.default", "/flash_attn/a.py:1 in f: y") == HINTS["unknown_op"]
+
+
 class Embedded(nn.Module):
     """Gets tokens as floats [N, S, d]."""
 
