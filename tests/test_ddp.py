@@ -25,7 +25,7 @@ import sys
 from test_ddp import *
 
 dist.init_process_group("gloo")
-model = LM().double()
+model = LM()
 parallel = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MIB)
 loss(parallel, batch(dist.get_rank())).backward()
 if dist.get_rank() == 0:
@@ -42,6 +42,7 @@ class LM(nn.Module):
         torch.manual_seed(0)
         self.embed, self.head = nn.Embedding(64, 128), nn.Linear(128, 64)
         self.qkv = nn.ModuleList(nn.Linear(128, 384) for _ in range(6))
+        self.double()
 
     def forward(self, ids):
         x = self.embed(ids)
@@ -64,21 +65,14 @@ def loss(model, ids):
 def test_two_processes(tmp_path):
     script, report, gradients = tmp_path / "train.py", tmp_path / "report.json", tmp_path / "gradients.pt"
     script.write_text(SCRIPT)
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}".split()
     command = ["-m", "pgcompile", "run", "--options", "inner=eager", "--report", report, script, gradients]
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(RANKS),
-            *command,
-        ],
+        [sys.executable, *torchrun, *command],
         env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
         check=True,
     )
-    model = LM().double()
+    model = LM()
     torch.stack([loss(model, batch(rank)) for rank in range(RANKS)]).mean().backward()
     for found, parameter in zip(torch.load(gradients), model.parameters(), strict=True):
         torch.testing.assert_close(found, parameter.grad, rtol=1e-10, atol=1e-12)
@@ -92,7 +86,7 @@ def test_the_hint_where_dynamo_cuts_for_ddp():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         torch._dynamo.reset()
-        parallel = DistributedDataParallel(LM().double(), bucket_cap_mb=BUCKET_MIB)
+        parallel = DistributedDataParallel(LM(), bucket_cap_mb=BUCKET_MIB)
         cut = pgcompile.explain(parallel, batch(0))
         assert len(cut.graphs) > 1
         assert any("optimize_ddp = False" in reason.hint for reason in cut.breaks)

@@ -31,13 +31,12 @@ def test_same_as_the_original(name, size):
         assert status_of(report.stats) in case.outcome.statuses
 
 
-# Square first, Dynamo uses one symbol for rows and positions if it is allowed to; then it compiles twice.
+# Square first, Dynamo uses one symbol for rows and positions if it is allowed to; then it compiles twice. Its cache of
+# fake tensors costs more than it saves with symbolic sizes.
 @pytest.mark.parametrize(
     "name, first", [(name, [(5, 5), (6, 10)][number % 2]) for number, name in enumerate(CASES)]
 )
-@torch._dynamo.config.patch(
-    fake_tensor_cache_enabled=False
-)  # with symbolic sizes it costs more than it saves
+@torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 def test_one_dynamic_compile_over_sizes(name, first):
     case = CASES[name]
     reference, original = case.build(), case.build()
