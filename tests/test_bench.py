@@ -411,6 +411,23 @@ def test_out_of_memory_and_errors_stay_with_their_contestant(model):
     assert record.rows[1].reason == "KeyError: 'no'"
 
 
+def test_steps_are_timed_until_they_took_long_enough(model, monkeypatch):
+    timed = measure.timed
+    monkeypatch.setattr(measure, "timed", lambda *given: (0.25, timed(*given)[1]))
+    chosen = dict.fromkeys(("one", "other"), CONTESTANTS["dense"])
+
+    def steps(repeats, min_run_time):
+        record = measure.measure(
+            SHAPES[0], model, count_work(model), chosen, "step", repeats, {}, min_run_time=min_run_time
+        )
+        return [len(row.seconds) for row in record.rows]
+
+    assert steps(1, 1.2) == [3, 3]
+    assert steps(4, 1.2) == [4, 4]
+    chosen = {"broken": Contestant(lambda made: lambda: 1 / 0)}
+    assert steps(1, 1.2) == [0]
+
+
 def test_the_version_names_the_state_of_the_sources(monkeypatch):
     version = machine.describe(CPU)["versions"]["pgcompile"]
     assert re.fullmatch(r"[\d.]+\+[0-9a-f]{8}", version)
@@ -491,7 +508,7 @@ def measured(monkeypatch):
     """Cases aren't measured but given a figure; which ones were asked for."""
     asked = []
 
-    def give(case, model, work, chosen, phase, repeats, options, tell):
+    def give(case, model, work, chosen, phase, repeats, options, tell, min_run_time):
         asked.append(case.name)
         record = Record.of(case, build(case, model.vocab_size), work, phase)
         for name, contestant in chosen.items():
@@ -632,7 +649,8 @@ def test_the_page_keeps_machines_and_settings_apart():
             {"name": "a|b", "prompt": 1}, "step", dict.fromkeys(("dense", "valid", "distinct"), 8),
             {"dense": 2e15, "valid": 2e15, "distinct": 1e15},
         )  # fmt: skip
-        record.rows = [Row("dense", is_dense=True, seconds=[4.0]), Row("pgcompile", seconds=[2.0])]
+        steps = 3 if device == "CPU" else 1
+        record.rows = [Row("dense", is_dense=True, seconds=[4.0]), Row("pgcompile", seconds=[2.0] * steps)]
         record.machine = dict(
             device=device, processor="Xeon", threads=2, python="3.12", versions={"torch": "2.13"}
         )
@@ -641,6 +659,7 @@ def test_the_page_keeps_machines_and_settings_apart():
         records.append(record)
     text = page(records, {}, "pgcompile bench --markdown x")
     assert text.count("\n## ") == 2 and "NVIDIA H200 (Xeon), 2 threads" in text
+    assert "1 timed step of each" in text and "1 to 3 timed steps of each" in text
     assert "| **a\\|b** |" in text and "| pgcompile | 2.00 s | 2.00 | 2.00 | 100% | 2.00–2.00 s |" in text
     assert text.count("51%") == 2  # 1e15 in 2 s and 2e15 in 4 s, of 989e12, on the H200 only
     assert "Below 95%" not in text

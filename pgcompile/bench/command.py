@@ -99,6 +99,13 @@ class _Plan:
     "--repeats", type=_POSITIVE, default=5, show_default=True, help="Timed steps of each contestant."
 )
 @click.option(
+    "--min-run-time",
+    type=click.FloatRange(min=0),
+    default=0,
+    metavar="SECONDS",
+    help="Time more steps than that, until all of a case took so long together.",
+)
+@click.option(
     "--budget-seconds",
     type=click.FloatRange(min=0),
     help="Start no case after so long; exit with 3 if some are left.",
@@ -220,8 +227,9 @@ def _measured(
                 progress.update(task, description=f"{name}: {text}", number=f"{number}/{len(cases)}")
 
             record = measure(
-                case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options, tell
-            )
+                case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options,
+                tell, given["min_run_time"],
+            )  # fmt: skip
             record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
             record.date = _now()
             _tell_reasons([record], console)
@@ -309,7 +317,9 @@ def _plan(given: dict[str, Any]) -> _Plan:
         given[name] = given[name] or defaults[name]
     options = parse_options(given["pairs"])
     names = _names(given["against"])
-    settings = {name: given[name] for name in ("model", "layers", "dtype", "phase", "repeats")}
+    settings = {
+        name: given[name] for name in ("model", "layers", "dtype", "phase", "repeats", "min_run_time")
+    }
     settings["options"] = sorted(given["pairs"])
     machine = describe(torch.device(given["device"]))
     return _Plan(cases, names, settings, vars(options), machine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Runner:
 
 def measure(
     case: Case, model: Model, work: Work, chosen: Mapping[str, Contestant], phase: str, repeats: int,
-    options: Mapping[str, Any], tell: Tell = lambda text: None,
+    options: Mapping[str, Any], tell: Tell = lambda text: None, min_run_time: float = 0,
 ) -> Record:  # fmt: skip
     """Measure one case.
 
@@ -48,8 +49,10 @@ def measure(
         work: what `count_work` counted.
         chosen: contestants by name.
         phase: "step" (forward and backward) or "forward", unless the case has its own.
+        repeats: the fewest steps that are timed of each contestant.
         options: of the pgcompile backend.
         tell: gets a word about what is being done.
+        min_run_time: seconds that the timed steps of all contestants take together, at least.
     """
     device = next(model.module.parameters()).device
     phase = case.phase or phase
@@ -83,14 +86,19 @@ def measure(
                         alone.run = chosen[runner.row.name].prepare(setup)
                         _step(alone, phase)
                         runner.row.ideal_bytes = _peak(alone, model, phase)
-    for repeat in range(repeats):
-        for runner in runners:
-            if runner.is_running:
-                tell(f"{runner.row.name}, {repeat + 1} of {repeats}")
-                with _judged(runner.row):
-                    before = stats().plan_seconds
-                    runner.row.seconds.append(timed(runner, model, phase)[0])
-                    runner.row.planning_seconds.append(stats().plan_seconds - before)
+    spent = 0.0
+    for repeat in itertools.count():
+        running = [runner for runner in runners if runner.is_running]
+        if not running or (repeat >= repeats and spent >= min_run_time):
+            break
+        for runner in running:
+            tell(f"{runner.row.name}, step {repeat + 1}")
+            with _judged(runner.row):
+                before = stats().plan_seconds
+                seconds, _ = timed(runner, model, phase)
+                runner.row.seconds.append(seconds)
+                runner.row.planning_seconds.append(stats().plan_seconds - before)
+                spent += seconds
     _clear(model)
     for runner in runners:
         _take_reports(runner)

@@ -70,7 +70,7 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
     lines = [
         f"## {settings['model']}{layers}, {settings['dtype']}, {machine['device']}", "",
         f"{where}, {machine['threads']} threads, Python {machine['python']}, {versions}; "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {settings['repeats']} timed steps of each.", "",
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {_timed_steps(records)} of each.", "",
         "```sh", *commands, "```", "",
     ]  # fmt: skip
     columns = used_columns(records)
@@ -86,6 +86,12 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
     explained = [text for text in below if text is not None]
     lines += ["", "Below 95% of the ideal:", "", *explained] if explained else []
     return "\n".join([*lines, ""])
+
+
+def _timed_steps(records: Sequence[Record]) -> str:
+    counts = [len(row.seconds) for record in records for row in record.rows if row.median is not None] or [0]
+    fewest, most = min(counts), max(counts)
+    return f"{fewest}{f' to {most}' * (most > fewest)} timed step{'s' * (most != 1)}"
 
 
 def _below(record: Record, notes: Mapping[str, str]) -> str | None:
