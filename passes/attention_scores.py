@@ -293,6 +293,8 @@ def read_added(
         return [bias]
     if not isinstance(mask, Unsupported):
         return [mask]
+    if MaskReader(added.graph).is_written(added):
+        return mask
     args, kwargs = bound_args(added)
     if added.target is aten.expand.default:
         return read_added(args[0], scores, user, analysis)

@@ -162,6 +162,7 @@ def out_of_place(node: fx.Node) -> Any:
     name = node.target._schema.name.removeprefix("aten::")
     if (
         mutated_args(node) != [node.args[0] if node.args else None]
+        or torch.Tag.inplace_view in node.target.tags  # changes no elements, but the tensor's shape
         or not name.endswith("_")
         or name.endswith("__")
     ):

@@ -202,6 +202,14 @@ def size_hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
+def memory_order(x: torch.Tensor) -> tuple[int, ...] | None:
+    """Dims as they follow each other in memory, the last one in the smallest steps; None if entries share memory."""
+    steps = [size_hint(step) for step in x.stride()]
+    if any(step == 0 and size_hint(size) > 1 for step, size in zip(steps, x.shape, strict=True)):
+        return None
+    return tuple(sorted(range(len(steps)), key=lambda dim: -steps[dim]))
+
+
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes and all that they depend on."""
     found: set[fx.Node] = set()
@@ -275,7 +283,11 @@ def input_name(node: fx.Node) -> str:
 def mutated_args(node: fx.Node) -> list[fx.Node]:
     """The argument nodes that an ATen call writes to."""
     schema = schema_of(node)
-    if schema is None or not schema.is_mutable:
+    if schema is None:
+        return []
+    if schema.name in _UPDATES_STATISTICS:
+        return _running_statistics(node)
+    if not schema.is_mutable:
         return []
     written = []
     for i, arg in enumerate(schema.arguments):
@@ -285,6 +297,22 @@ def mutated_args(node: fx.Node) -> list[fx.Node]:
                 v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)
             ]
     return written
+
+
+# Normalisations whose schemas don't say that they update running statistics, and the flag for it.
+_UPDATES_STATISTICS = {
+    "aten::batch_norm": "training", "aten::native_batch_norm": "training", "aten::cudnn_batch_norm": "training",
+    "aten::miopen_batch_norm": "training", "aten::instance_norm": "use_input_stats",
+}  # fmt: skip
+
+
+def _running_statistics(node: fx.Node) -> list[fx.Node]:
+    schema = schema_of(node)
+    assert schema is not None
+    given = dict(zip((a.name for a in schema.arguments), bound_args(node)[0], strict=False)) | node.kwargs
+    if not given[_UPDATES_STATISTICS[schema.name]]:
+        return []
+    return [x for x in (given["running_mean"], given["running_var"]) if isinstance(x, fx.Node)]
 
 
 def node_arg(node: fx.Node, index: int) -> fx.Node:
@@ -351,7 +379,16 @@ def is_view(node: fx.Node) -> bool:
     if schema.name == "aten::contiguous" and _is_permuted(val(node.args[0])):
         return False  # a copy
     aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
-    return aliased or schema.name in MAY_ALIAS
+    return aliased or schema.name in MAY_ALIAS or any(shares_memory(node, n) for n in node.all_input_nodes)
+
+
+def shares_memory(a: fx.Node, b: fx.Node) -> bool:
+    """Had the two memory in common when the batch was traced?"""
+    return not _storages(a).isdisjoint(_storages(b))
+
+
+def _storages(node: fx.Node) -> set[int]:
+    return {x.untyped_storage()._cdata for x in tree_leaves(val(node)) if isinstance(x, torch.Tensor)}
 
 
 def _is_permuted(value: torch.Tensor) -> bool:
@@ -385,6 +422,7 @@ def is_constant_fill(node: fx.Node) -> bool:
 
 def base_of(node: fx.Node) -> fx.Node:
     """The tensor whose memory a chain of views and in-place operations looks into."""
+    first = node
     while node.op == "call_function":
         written = mutated_args(node)
         if not written and (not is_view(node) or is_fresh_item(node)):
@@ -394,5 +432,5 @@ def base_of(node: fx.Node) -> fx.Node:
         ]
         if not sources:
             break
-        node = sources[0]
+        node = next((n for n in sources if shares_memory(n, first)), sources[0])
     return node

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from .graph import aten, base_of, bound_args, val
+from .graph import aten, base_of, bound_args, memory_order, val
 from .layout import Selection, TokenLayout
 from .lower_packed import PackedSide
 from .packed_graphs import ResultRef
@@ -65,8 +65,10 @@ class LateSide:
     def _unpacked(self, node: fx.Node, source: str) -> fx.Node:
         layout = self.whole.analysis.values[node].layout
         packed = self._packed_result(self.packed.value(node))
+        token_map = self._map(layout.selection, source)
+        # what runs as written, in this graph or after it, may look at memory through another shape
         return self.graph.call_function(
-            unpack_tokens, (packed, self._map(layout.selection, source), layout.dims)
+            unpack_tokens, (packed, token_map, layout.dims, memory_order(val(node)))
         )
 
     def value(self, node: fx.Node) -> Any:

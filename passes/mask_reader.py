@@ -51,6 +51,10 @@ class MaskReader:
         self._note_write(node, None)
         return self.read(node)
 
+    def is_written(self, node: fx.Node) -> bool:
+        """Does anything write to it later? Then it isn't what its arguments say."""
+        return self._writes_between(node, None)
+
     def _opaque(self, node: fx.Node) -> Element:
         self._note_write(node, None)
         fake = node.meta["val"]
@@ -87,9 +91,12 @@ class MaskReader:
         return fake
 
     def _note_write(self, node: fx.Node, user: fx.Node | None) -> None:
-        end = len(self._order) if user is None else self._order[user]
-        if any(self._order[node] < write < end for write in self._writes[self._storage[node]]):
+        if self._writes_between(node, user):
             self.stale = node
+
+    def _writes_between(self, node: fx.Node, user: fx.Node | None) -> bool:
+        end = len(self._order) if user is None else self._order[user]
+        return any(self._order[node] < write < end for write in self._writes[self._storage[node]])
 
     def _unit_steps(self, node: fx.Node) -> Expr | None:
         """The segment index of positions that always rise by one is zero."""

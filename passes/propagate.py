@@ -200,6 +200,15 @@ class _Walk:
                 WEIGHT if is_state(node) else PROLOGUE
             )  # an input that requires grad may still be a column
         kinds = {self.out.kind(n) for n in node.all_input_nodes}
+        if not kinds.isdisjoint((LATE, STREAM)) and node.target in _OF_MEMORY:
+            reason = Unsupported(
+                "row_layout",
+                node,
+                f"`{node.target}` counts elements in memory",
+                "slice, view or unfold instead",
+            )
+            self._note(reason)
+            return Value(LATE, reason=reason)
         if LATE in kinds:
             return self._written(node) or self._late(node, kinds)
         if STREAM not in kinds:
@@ -336,6 +345,12 @@ class _Walk:
             return val(arg)
         value = self.out.values[arg]
         return Operand(arg, value.kind, shape(arg), value.layouts[0] if value.layouts else None)
+
+
+# These step through memory; a value that was unpacked has its elements in the same order, but memory of its own.
+_OF_MEMORY = {
+    aten.as_strided.default, aten.as_strided_.default, aten.as_strided_copy.default, aten.as_strided_scatter.default,
+}  # fmt: skip
 
 
 def _multiply_adds(node: fx.Node) -> int:

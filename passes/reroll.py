@@ -171,11 +171,11 @@ class _Loop:
     def _common(self, group: tuple[fx.Node, ...]) -> tuple[list[Any] | None, dict[str, Any]]:
         """Arguments that all lanes have in common, with a `_Lanes` where each has its own tensor."""
         bound = [bound_args(n) for n in group]
-        if any(keywords != bound[0][1] for _, keywords in bound):
+        if any(not _same(keywords, bound[0][1]) for _, keywords in bound):
             return None, {}
         args: list[Any] = []
         for values in zip(*(positional for positional, _ in bound), strict=True):
-            if all(v is values[0] or (not isinstance(v, fx.Node) and v == values[0]) for v in values):
+            if all(_same(v, values[0]) for v in values):
                 args.append(values[0])
             elif all(is_tensor(v) and isinstance(v, fx.Node) for v in values):
                 whole = self.roll(values)
@@ -369,6 +369,11 @@ def _slices(group: tuple[fx.Node, ...]) -> tuple[fx.Node, int, bool] | None:
         starts[0] == 0 and ends[-1] >= size and all(ends[i] == start for i, start in enumerate(starts[1:]))
     )
     return (base, dim % len(shape(base)), False) if covers and all(s < size for s in starts) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """The same node, or constants of one type that are equal, down to the sign of a zero."""
+    return a is b or repr(a) == repr(b)
 
 
 def _is_call(node: Any, *targets: Any) -> bool:

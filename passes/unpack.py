@@ -22,27 +22,31 @@ def tokens_first(x: Tensor, dims: tuple[Dim, ...]) -> Tensor:
     return x.squeeze(dropped) if dropped else x
 
 
-def unpack_tokens(x: Tensor, token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+def unpack_tokens(
+    x: Tensor, token_map: Tensor, dims: tuple[Dim, ...], order: tuple[int, ...] | None = None
+) -> Tensor:
     """Packed tokens in the caller's shape: `[1, T, ...]` → `[N, S, ...]`; zeros where a token was dropped.
 
     Args:
         x: packed value with the layout `dims`.
         token_map: int64 `[N, S]`, or `[M]` after a select: packed index of each token, -1 where dropped.
+        order: the result's dims as they shall follow each other in memory, the last one in steps of 1; None: any.
     """
     flat = tokens_first(x, dims)
     dense = torch.ops.pgcompile.gather_tokens(flat, token_map.reshape(-1))
     dense = dense.reshape([*token_map.shape, *flat.shape[1:]])
     factors = [f for dim in dims for f in (dim or (1,))]
     present = [f for f in (ROW, POSITION) if f in factors]
-    order = [present.index(f) if is_token_factor(f) else None for f in factors]
     rest = iter(range(len(present), dense.dim()))
-    permuted = [next(rest) if i is None else i for i in order]
+    permuted = [present.index(f) if is_token_factor(f) else next(rest) for f in factors]
     if permuted != sorted(permuted):
         dense = dense.permute(permuted)
     for i, dim in enumerate(dims):
         if len(dim) > 1:
             dense = dense.flatten(i, i + len(dim) - 1)
-    return dense
+    if order is None:
+        return dense
+    return dense.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])
 
 
 def flat_map(token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:

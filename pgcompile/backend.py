@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -195,6 +196,7 @@ class PackedCall:
         except DenseCall as reason:
             return self._run_dense(given, report, reason.kind, reason.explanation)
         except Exception as error:  # nothing ran yet: the original does, and says why
+            modes.restore()  # a graph may have stopped between two switches
             if belongs_to_caller(error):
                 raise
             return self._run_dense(given, report, "internal_error", f"{type(error).__name__}: {error}", error)
@@ -204,23 +206,31 @@ class PackedCall:
                 packed = self._run_head(packed, inputs, args, results, plan, report)
             outputs = self._late(args, results, packed, plan)
         except Exception as error:  # the same: nothing has been written to
-            modes.restore()  # the graph may have stopped between two switches
+            modes.restore()
             if belongs_to_caller(error):
                 raise
+            traceback.clear_frames(error.__traceback__)  # they hold what was computed
             return self._run_dense(given, report, "engine_error", f"{type(error).__name__}: {error}", error)
         report.decision = "packed"
         self._collect(report)
         stats.count(packed=1)
         if self.unchecked > 0:
             self.unchecked -= 1
-            leaves = zip(tree_leaves(outputs), self.graphs.outputs, strict=True)
-            kept = [
-                None if layout is None else kept_elements(leaf, layout, plan, results, self.graphs)
-                for leaf, layout in leaves
-            ]
-            check.compare(self.dense.eager, given, outputs, kept)
-            stats.count(checked=1)
+            self._check(given, outputs, results, plan)
         return outputs
+
+    def _check(self, given: Sequence[Any], outputs: Any, results: Sequence[Any], plan: Plan) -> None:
+        reason = check.why_not(self.graphs)
+        if reason is not None:
+            log.warning("pgcompile: not checked: %s", reason)
+            return
+        leaves = zip(tree_leaves(outputs), self.graphs.outputs, strict=True)
+        kept = [
+            None if layout is None else kept_elements(leaf, layout, plan, results, self.graphs)
+            for leaf, layout in leaves
+        ]
+        check.compare(self.dense.eager, self.aten.graph, given, outputs, kept)
+        stats.count(checked=1)
 
     def _plan(self, args: Sequence[Any], report: BatchReport) -> tuple[Sequence[Any], Plan]:
         started = time.perf_counter()

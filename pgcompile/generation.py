@@ -30,7 +30,11 @@ class CompiledInPlace:
         self.module, self.compiled = module, compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None or is_traced():
+        if (
+            kwargs.get("past_key_values") is not None
+            or torch.compiler.is_dynamo_compiling()  # first: Dynamo can't look into `is_traced`
+            or is_traced()
+        ):
             return self.module._call_impl(*args, **kwargs)
         _drop_repeated_hooks(self.module)
         return self.compiled(*args, **kwargs)

@@ -14,7 +14,8 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,8 +42,10 @@ Bounds = tuple[float, float]
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Under Dynamo's lock, and, as Dynamo does it, without the caller's saved-tensor hooks: nothing runs yet."""
-    with compile_lock, _disable_saved_tensors_hooks_during_tracing():
+    """Under Dynamo's lock and, as Dynamo does it, without the caller's saved-tensor hooks (nothing runs yet), and with
+    `torch.compiler.is_compiling`, or another thread's call of something compiled would be taken for a nested trace."""
+    session = getattr(torch.compiler, "_compile_session_context", nullcontext)  # torch 2.11 hasn't got it
+    with compile_lock, session(), _disable_saved_tensors_hooks_during_tracing():
         yield
 
 
@@ -250,6 +253,21 @@ def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _DenseArtifact:
+    """A compiled original graph, and the calls that it serves; without `call`, they run eagerly."""
+
+    env: ShapeEnv
+    guards: str | None
+    modes: tuple[Any, ...]
+    call: Callable[..., Any] | None
+
+    def serves(self, args: Sequence[Any], current: tuple[Any, ...]) -> bool:
+        return current == self.modes and (
+            not self.guards or self.env.evaluate_guards_expression(self.guards, list(args))
+        )
+
+
 class DenseGraph:
     """The original graph through the inner compiler, compiled on first use and for each new set of guards.
 
@@ -263,7 +281,7 @@ class DenseGraph:
         self.settled = compilation.settled or compilation.dynamo
         self.numbers = compilation.numbers
         self.options = options
-        self.compiled: list[tuple[ShapeEnv, str | None, Any, Callable[..., Any] | None]] = []  # None: eager
+        self.compiled: list[_DenseArtifact] = []
 
     @functools.cached_property
     def eager(self) -> fx.GraphModule:
@@ -273,23 +291,33 @@ class DenseGraph:
         if self.options.inner == "eager":
             return self.eager(*given)
         args = with_numbers(self.numbers, given)
-        current = modes()
-        for env, code, compiled_modes, call in self.compiled:
-            if current == compiled_modes and (not code or env.evaluate_guards_expression(code, list(args))):
-                return self.eager(*given) if call is None else call(*args)
-        if len(self.compiled) >= self.MOST:
-            return self.eager(*given)
-        try:
-            with compiling():
-                call = self._compile(args, current)
-        except Exception as error:  # of somebody else's compiler; the graph runs without it
-            text = "the inner compiler failed on the original graph, which runs eagerly: %s: %s"
-            log.warning(text, type(error).__name__, error)
-            self.compiled.append((ShapeEnv(), None, current, None))
-            return self.eager(*given)
-        return call(*args)
+        artifact = self._find(args) or self._compiled(args)
+        return self.eager(*given) if artifact is None or artifact.call is None else artifact.call(*args)
 
-    def _compile(self, args: Sequence[Any], current: Any) -> Callable[..., Any]:
+    def _find(self, args: Sequence[Any]) -> _DenseArtifact | None:
+        current = modes()
+        return next((artifact for artifact in self.compiled if artifact.serves(args, current)), None)
+
+    def _compiled(self, args: Sequence[Any]) -> _DenseArtifact | None:
+        if len(self.compiled) >= self.MOST:
+            return None
+        with compiling():
+            found = self._find(args)  # another thread's, meanwhile
+            if found is not None or len(self.compiled) >= self.MOST:
+                return found
+            try:
+                artifact = self._compile(args)
+            except Exception as error:  # of somebody else's compiler; the graph runs without it
+                text = "the inner compiler failed on the original graph, which runs eagerly: %s: %s"
+                log.warning(text, type(error).__name__, error)
+                artifact = _DenseArtifact(ShapeEnv(), None, modes(), None)
+            self.compiled.append(artifact)
+            if len(self.compiled) == self.MOST:
+                text = "the original graph was compiled %d times; batches of other kinds run it eagerly"
+                log.warning(text, self.MOST)
+        return artifact
+
+    def _compile(self, args: Sequence[Any]) -> _DenseArtifact:
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 
@@ -314,6 +342,4 @@ class DenseGraph:
             else:
                 fakes.append(arg)
         call = compile_inner(_copy(self.settled), fakes, self.options)
-        code = env.produce_guards_expression(fakes)
-        self.compiled.append((env, code, current, call))
-        return call
+        return _DenseArtifact(env, env.produce_guards_expression(fakes), modes(), call)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_DEVICES = ("cpu", "cuda")
+_DEVICES = ("cpu", "cuda", "xpu")
 
 
 def modes() -> tuple[Any, ...]:

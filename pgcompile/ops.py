@@ -347,10 +347,12 @@ def _register(
 ) -> Any:
     """Define one operator and return its overload, the target of a graph node.
 
-    Tags: the operator reads tensors of any strides (no copies before it), and is safe to trace.
+    Tags: the operator reads tensors of any strides (no copies before it), and is safe to trace. If it reads tensors in
+    host memory, it isn't for CUDA graphs: replayed for another batch, they would still compute on this one's tree.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+    tags = [torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag]
+    _LIBRARY.define(schema, tags=tags + [torch.Tag.cudagraph_unsafe] * ("Tensor segments" in schema))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pgcompile::{name}", fake, lib=_LIBRARY)
     torch.library.register_autograd(f"pgcompile::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

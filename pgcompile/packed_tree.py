@@ -7,7 +7,6 @@ graph holds the latest ones that it used; a weak set finds them, so a tree goes 
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from itertools import accumulate
@@ -35,6 +34,7 @@ class PackedTree:
     Attributes:
         tree: on the host.
         class_of: int64 [N, S], packed index of each token, -1 where dropped.
+        token_of: the same, with any token where one was dropped.
         row, position: int64 [T], where each packed token's representative stands.
         subtree_end, depth: int64 [T]; token k is an ancestor of q (or q) iff `k <= q < subtree_end[k]`.
         segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
@@ -49,16 +49,13 @@ class PackedTree:
         self.codes, self.first, self.end = codes, first, end
         self.min_shared, self.device = min_shared, device
         self.tree: PrefixTree = build_prefix_tree(codes, first, end, min_shared)
-        self.class_of, self.row, self.position = map(
-            move, (self.tree.class_of, self.tree.row, self.tree.position)
-        )
-        self.subtree_end, self.depth = move(self.tree.subtree_end), move(self.tree.depth)
-        self.segments = torch.from_numpy(self.tree.segments)
-
-    @functools.cached_property
-    def token_of(self) -> Tensor:
-        """As class_of, with any token where one was dropped."""
-        return self.class_of.clamp(min=0)
+        with torch.inference_mode(False):  # or training couldn't save them for its backward pass
+            self.class_of, self.row, self.position = map(
+                move, (self.tree.class_of, self.tree.row, self.tree.position)
+            )
+            self.token_of = self.class_of.clamp(min=0)
+            self.subtree_end, self.depth = move(self.tree.subtree_end), move(self.tree.depth)
+            self.segments = torch.from_numpy(self.tree.segments)
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch import nn
 
 pytest.importorskip("transformers")
+import pgcompile
 from pgcompile.bench import command, contestants, machine, measure, peers
 from pgcompile.bench.agreement import Yardstick, by_rows
 from pgcompile.bench.cases import GRIDS, Case, build, group_case, tree_case
@@ -426,6 +427,24 @@ def test_steps_are_timed_until_they_took_long_enough(model, monkeypatch):
     assert steps(4, 1.2) == [4, 4]
     chosen = {"broken": Contestant(lambda made: lambda: 1 / 0)}
     assert steps(1, 1.2) == [0]
+
+
+def test_each_timed_step_plans(model, monkeypatch):
+    """As in training, where no batch comes twice; the tree is the case's every time."""
+    reused = []
+    timed = measure.timed
+
+    def watched(*given):
+        before = pgcompile.stats().plans_reused
+        result = timed(*given)
+        reused.append(pgcompile.stats().plans_reused - before)
+        return result
+
+    monkeypatch.setattr(measure, "timed", watched)
+    chosen = {"pgcompile": CONTESTANTS["pgcompile"]}
+    record = measure.measure(SHAPES[0], model, count_work(model), chosen, "step", 3, {"inner": "eager"})
+    assert reused == [0, 0, 0, 0]
+    assert record.rows[0].packing["tokens"] == record.tokens["distinct"]
 
 
 def test_the_version_names_the_state_of_the_sources(monkeypatch):

@@ -19,6 +19,7 @@ from pgcompile.bench import calibrate
 from pgcompile.bench.cases import build
 from pgcompile.bench.command import bench
 from pgcompile.calibration import calibration_file, read_speed, write_speed
+from pgcompile.cli.doctor import self_test
 from pgcompile.cost import Speed, Work, why_not_worth_it
 from zoo import ZOO
 
@@ -145,6 +146,12 @@ def test_a_model_asks_it(speed, decision, cache):
     before = pgcompile.stats().packed
     compiled(model, {"min_saving": 0.01})(ids)
     assert pgcompile.stats().packed == before + 1, "asked for by number"
+
+
+def test_the_self_test_does_not_ask_it(cache):
+    torch._dynamo.reset()
+    write_speed(calibration_file(CPU, torch.float32, "cpu"), SLOW, {})
+    assert self_test("eager", CPU) is None
 
 
 @pytest.mark.parametrize("scale", [1, 8])

@@ -62,6 +62,22 @@ def test_generation_compiles_nothing(name, way):
     assert pgcompile.stats().packed == 2 and sum(counters["frames"].values()) == frames
 
 
+def test_a_whole_graph_of_somebody_else_around_a_module_with_a_hook():
+    """Dynamo traces through the module's own compiled call."""
+    model = torch.nn.Sequential(build("qwen3").float(), torch.nn.Identity())
+    model[0].register_forward_hook(lambda module, args, out: None)
+    COMPILE["model.compile"](model[0])
+    train(model[0])
+    assert pgcompile.stats().packed == 1
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def around(ids):
+        return model[0](input_ids=ids, use_cache=False).logits * 2
+
+    with torch.no_grad():
+        torch.testing.assert_close(around(IDS), model[0](input_ids=IDS, use_cache=False).logits * 2)
+
+
 def test_hooks_of_checkpointing_do_not_pile_up():
     """A trainer switches it off to generate; transformers leaves a hook behind each time, on which Dynamo guards."""
     model = build("gpt2")

@@ -375,6 +375,28 @@ def test_attention_is_token_major_and_bit_equal_between_runs_and_strides(engine)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("value_size", [2, 4])
+@pytest.mark.parametrize("order", ["1HDT", "1TDH", "DT1H"])
+def test_attention_of_columns_that_lie_apart(order, value_size, engine):
+    tree = random_tree(5)
+    qkv = [x.float() for x in inputs(tree, heads=4, value_size=value_size)]
+    dims = ["1HTD".index(dim) for dim in order]
+    back = [order.index(dim) for dim in "1HTD"]
+    apart = [x.permute(dims).contiguous().permute(back) for x in qkv]
+    results = [gradients(lambda *x: attend(tree, *x, engine=engine)[0], given) for given in (qkv, apart)]
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=5e-6 if finest(engine).itemsize > 2 else 5e-2
+        )
+
+
+def test_cuda_graphs_leave_out_what_reads_host_memory():
+    unsafe = {
+        name for name in ops.__dict__ if torch.Tag.cudagraph_unsafe in getattr(getattr(ops, name), "tags", ())
+    }
+    assert unsafe == {"prefix_attention", "prefix_attention_backward"}
+
+
 def test_attention_refuses_what_does_not_fit():
     tree = random_tree(0)
     q, k, v = inputs(tree, heads=4)

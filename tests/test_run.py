@@ -84,6 +84,13 @@ def execute(*command, cwd):
     )
 
 
+def test_a_report_stays_where_it_was_asked_for(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "leaves.py").write_text("import os; os.chdir('other')")
+    execute("-m", "pgcompile", "run", "--report", "out.json", "leaves.py", cwd=tmp_path)
+    assert [path.parent for path in tmp_path.rglob("out.json")] == [tmp_path]
+
+
 @pytest.mark.parametrize("ending", ["return", "raise", "exit", "interrupt"])
 def test_the_script_is_as_without(script, ending, tmp_path):
     plain = execute(script, ending, "--report", "mine", cwd=tmp_path)
@@ -145,6 +152,7 @@ def test_a_module_and_ranks(script, tmp_path):
     ("arguments", "says"),
     [
         (["nothere.py"], "can't open nothere.py: No such file or directory"),
+        (["--optoins", "inner=eager", "train.py"], "No such option '--optoins'"),
         (["-m", "nothere"], "there is no module nothere that can be run"),
         (["--options", "inner", "train.py"], "'inner' isn't key=value"),
         (["--options", "iner=eager", "train.py"], "did you mean 'inner'?"),
@@ -158,7 +166,7 @@ def test_bad_command_lines(arguments, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pgcompile", "run", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code in (1, 2) and says in capsys.readouterr().err
+    assert ended.value.code == (1 if arguments[0] == "-m" else 2) and says in capsys.readouterr().err
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ if BACKEND != "pgcompile":
     pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
 
 import pgcompile
-from pgcompile import backend, inner
+from pgcompile import backend, inner, modes
 from pgcompile import engines as engine_table
 from pgcompile.options import Options
 from pgcompile.passes.graph import size_hint
@@ -882,6 +882,60 @@ def test_modes_of_running(inner_compiler):
     assert stats.compiles == compiles >= 3, "the second turn compiles nothing"
 
 
+@pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager"])
+def test_a_batch_that_was_scored_in_inference_mode_before(inner_compiler):
+    """Its plan is known, and training saves what is in it."""
+    model, batch = zoo(), batch_of(padding="right")
+    fast = compiled(model, {"inner": inner_compiler, "strict": True})
+    with torch.inference_mode():
+        fast(**batch.inputs)
+    with float64_everywhere():
+        assert_equals_eager(fast, model, batch)
+    stats = pgcompile.stats()
+    assert (stats.packed, stats.plans_reused) == (2, 1)
+
+
+@pytest.mark.parametrize("way", ["prologue", "packed"])
+def test_modes_that_a_failing_graph_switched_on_are_off_again(way, monkeypatch):
+    """The original runs after it, and what it runs into is the caller's."""
+    entered = []
+
+    def failing(*args):
+        torch.autocast("cpu", torch.bfloat16).__enter__()
+        torch.set_grad_enabled(False)
+        entered.append(1)
+        raise Seeded("stopped between two switches")
+
+    model, batch = zoo(), batch_of()
+    fast = compiled(model)
+    monkeypatch.setattr(backend, "build_plan" if way == "prologue" else "compiled_packed", failing)
+    before = modes.modes(), modes._autocast_nesting()
+    assert_equals_eager(fast, model, batch)
+    assert entered and (modes.modes(), modes._autocast_nesting()) == before
+    assert pgcompile.stats().dense == 1
+
+
+class SeveralOutputs(nn.Module):
+    """Logits, positions first, and what each head gets: each laid out in memory as said."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm = zoo()
+
+    def forward(self, input_ids):
+        logits = self.lm(input_ids)
+        heads = torch.cat([logits, logits[..., :1]], -1).unflatten(-1, (2, -1)).transpose(1, 2)
+        return logits.transpose(0, 1).contiguous(), heads, heads.contiguous(), logits.mT.contiguous().mT
+
+
+def test_outputs_lie_in_memory_as_the_originals():
+    model, batch = SeveralOutputs(), batch_of()
+    found, expected = compiled(model, {"strict": True})(batch.input_ids), model(batch.input_ids)
+    assert [x.stride() for x in found] == [x.stride() for x in expected]
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Precision and training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1394,6 +1448,70 @@ def test_check_without_gradients():
         assert_equals_eager(compiled(model, {"check": 1}), model, batch)
 
 
+@pytest.mark.parametrize("how", ["autocast", "loss in float32"])
+def test_check_is_as_coarse_as_what_computes(how):
+    model, batch = zoo(), batch_of(rows=8, positions=40)
+    model = model.float() if how == "autocast" else model.bfloat16()
+
+    def loss(input_ids):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return model(input_ids).float().log_softmax(-1)[..., 3]
+
+    compiled(loss, {"check": 1, "strict": True})(batch.input_ids).sum().backward()
+    assert pgcompile.stats().checked == 1
+
+
+def test_check_leaves_out_what_is_drawn(caplog):
+    model, batch = zoo(), batch_of()
+
+    def noisy(input_ids):
+        logits = model(input_ids)
+        return logits + torch.rand_like(logits)
+
+    with caplog.at_level(logging.WARNING, "pgcompile"):
+        compiled(noisy, {"check": 1, "strict": True})(batch.input_ids)
+    assert "not checked: the graph draws random numbers" in caplog.text and pgcompile.stats().checked == 0
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_check_inside_of_checkpointing_compares_values(early_stop, monkeypatch):
+    model, batch = zoo(), batch_of()
+    fast = compiled(model, {"check": 2, "strict": True})
+
+    def whole(call):
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+            logits = torch.utils.checkpoint.checkpoint(call, batch.input_ids, use_reentrant=False)
+        return torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+
+    for ours, theirs in zip(whole(fast), whole(model)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert (
+        pgcompile.stats().checked == 2 - early_stop
+    )  # the second time, when backward recomputes the whole call
+    original = backend.pack_column
+    monkeypatch.setattr(backend, "pack_column", lambda *args: original(*args).roll(1, -1))
+    torch._dynamo.reset()
+    with pytest.raises(pgcompile.CheckError, match="output 0"):
+        whole(compiled(model, {"check": 1}))
+
+
+def test_check_misses_no_gradient(monkeypatch):
+    """One that packing loses altogether."""
+    model, batch = zoo(), batch_of()
+    fast = compiled(model, {"check": 1})
+    kept = next(iter(model.parameters()))
+    late = backend.PackedCall._late
+    monkeypatch.setattr(
+        backend.PackedCall,
+        "_late",
+        lambda self, args, results, packed, plan: late(
+            self, args, results, [p.detach() + 0 * kept.sum() for p in packed], plan
+        ),
+    )
+    with pytest.raises(pgcompile.CheckError, match="gradient of argument"):
+        fast(batch.input_ids)
+
+
 def test_check_notices_wrong_values(monkeypatch):
     original = backend.pack_column
     monkeypatch.setattr(
@@ -1455,6 +1573,50 @@ def test_eight_cold_threads_with_a_hundred_batches_each(inner_compiler):
     assert stats.recompile_limit_hits == 0
     assert stats.packed == 800 and stats.dense == stats.eager == 0
     assert stats.compiles == 1
+
+
+def test_cold_threads_compile_the_original_once(monkeypatch):
+    compiles = []
+    original = inner.compile_inner
+    monkeypatch.setattr(inner, "compile_inner", lambda *args: (compiles.append(1), original(*args))[1])
+    model = zoo()
+    shared, different = torch.zeros(5, 6, dtype=torch.int64), torch.arange(30).view(5, 6)
+    fast = compiled(model, {"inner": "aot_eager", "min_saving": 0.1})
+    fast(shared)  # Dynamo's part is done
+    compiles.clear()
+    start, failures = threading.Barrier(4), []
+
+    def work():
+        try:
+            start.wait(timeout=60)
+            fast(different)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=240)
+    assert not failures, failures[0]
+    assert len(compiles) == 1
+    torch.testing.assert_close(fast(different), model(different), rtol=0, atol=1e-10)
+    assert pgcompile.stats().dense == 5
+
+
+def test_what_compiles_is_no_trace_to_others():
+    """Dynamo refuses calls under torch.fx's tracing, which is on for all threads while one of them compiles."""
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            seen.append(torch.fx._symbolic_trace.is_fx_symbolic_tracing())
+            return x
+
+    seen = []
+    torch.fx.symbolic_trace(Looks())
+    with inner.compiling():
+        torch.fx.symbolic_trace(Looks())
+    assert seen == [True, False]
 
 
 @pytest.mark.parametrize("way", ["backward", "forward only", "no_grad", "dense", "failing", "check"])

@@ -101,9 +101,8 @@ def sample(
         mask = {"attention_mask": batch.mask.long()} if model.has_mask else {}
         seconds: dict[str, list[float]] = {"dense": [], "packed": []}
         for repeat in range(repeats + 1):
-            # other tokens with the same prefixes: each time a tree that nobody knows
-            ids = ((batch.ids + repeat) % (model.vocab_size - 1) + 1) * batch.mask
-            inputs = model, ids, batch.answer_positions
+            # each time a tree that nobody knows
+            inputs = model, batch.other_ids(repeat, model.vocab_size), batch.answer_positions
             for name, run in (
                 ("dense", functools.partial(dense, *inputs)),
                 ("packed", functools.partial(packed, *inputs, **mask)),

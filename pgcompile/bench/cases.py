@@ -119,6 +119,10 @@ class Batch:
         distinct = len(self.predictors[used].unique())
         return {"dense": self.weights.numel(), "valid": int(used.sum()), "distinct": distinct}
 
+    def other_ids(self, number: int, vocab_size: int) -> Tensor:
+        """int64 [N, S], for each `number` other tokens with the same common prefixes."""
+        return ((self.ids + number) % (vocab_size - 1) + 1) * self.mask
+
     def distinct(self) -> Batch:
         """About as many tokens and predictions as are distinct, in rows no longer than these, sharing nothing."""
         tokens, predictions = self.tokens["distinct"], self.predictions["distinct"]

@@ -91,6 +91,7 @@ def measure(
         running = [runner for runner in runners if runner.is_running]
         if not running or (repeat >= repeats and spent >= min_run_time):
             break
+        batch.ids.copy_(batch.other_ids(0, model.vocab_size))  # a tree that nobody has seen: each step plans
         for runner in running:
             tell(f"{runner.row.name}, step {repeat + 1}")
             with _judged(runner.row):

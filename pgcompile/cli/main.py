@@ -54,6 +54,9 @@ def run(
     """
     if report is not None and not report.absolute().parent.is_dir():
         raise click.UsageError(f"there is no folder {report.absolute().parent}")
+    if script.startswith("-"):
+        raise click.NoSuchOption(script)
+    report = None if report is None else report.absolute()  # the script may go elsewhere
     return Script(script, list(arguments), is_module, only, parse_options(pairs), report)
 
 

@@ -91,7 +91,7 @@ class Script:
         try:
             source = Path(self.name).read_bytes()
         except OSError as error:
-            raise click.ClickException(f"can't open {self.name}: {error.strerror}") from None
+            raise click.UsageError(f"can't open {self.name}: {error.strerror}") from None
         path = os.path.abspath(self.name)
         vars(main).update(__file__=path, __loader__=SourceFileLoader("__main__", path))
         return main, source

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import reference
 from .contract import Scores, TreeMask
 from .per_plan import once_per_plan
-from .split import merge_, result, with_positive_scale
+from .split import merge_, result, with_adjacent_columns, with_positive_scale
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -126,11 +126,12 @@ def attention_backward(
 
 
 def of_equal_sizes(*tensors_1HTD: Tensor) -> list[Tensor]:
-    """The kernel wants equal head sizes, so the smaller ones are padded with zeros."""
+    """As the kernel wants them: columns side by side, and heads of one size, the smaller ones padded with zeros."""
     size = max(x.shape[-1] for x in tensors_1HTD)
     short = {x.shape[-1] for x in tensors_1HTD} - {size}  # pad copies, even by nothing
     pad = torch.nn.functional.pad
-    return [pad(x, (0, size - x.shape[-1])) if x.shape[-1] in short else x for x in tensors_1HTD]
+    padded = (pad(x, (0, size - x.shape[-1])) if x.shape[-1] in short else x for x in tensors_1HTD)
+    return [with_adjacent_columns(x) for x in padded]
 
 
 def token_major(like: Callable[..., Tensor], x_1HTD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,8 @@ def once_per_plan(segments_M5: Tensor, key: tuple, build: Callable[[], Built]) -
     """`build()`, or what it returned before for this plan and key."""
     built = _built.setdefault(segments_M5, {})
     if key not in built:
-        built[key] = build()
+        with torch.inference_mode(False):  # a training step may come back to the plan
+            built[key] = build()
     return built[key]
 
 

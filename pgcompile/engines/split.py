@@ -1,9 +1,14 @@
-"""What engines share that split attention over a tree into calls of a flash kernel."""
+"""What engines share around their kernels; most of it for those that split attention over a tree into calls."""
 
 import torch
 from torch import Tensor
 
 from .contract import Scores
+
+
+def with_adjacent_columns(x: Tensor) -> Tensor:
+    """Kernels step from head to head and from token to token as a tensor says, but take its columns for neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def with_positive_scale(q: Tensor, scores: Scores) -> tuple[Tensor, Scores, float]:

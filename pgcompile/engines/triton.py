@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import blocks
 from .contract import Scores, TreeMask
+from .split import with_adjacent_columns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -158,10 +159,6 @@ def attention_backward(
 
 
 # --- arguments of the kernels
-
-
-def with_adjacent_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def strides(*tensors_1HTD: Tensor) -> list[int]:
