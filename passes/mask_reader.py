@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import bound_args, mutated_args, same_size, schema_of
+from .graph import bound_args, mutated_args, same_size, schema_of, shares_memory
 from .mask_expr import Affine, Element, Expr, Index, apply, constant, size, substitute
 from .mask_rules import RULES, Value
 
@@ -183,10 +183,10 @@ def _aliased(node: fx.Node) -> list[fx.Node]:
     schema = schema_of(node)
     if schema is None:
         return [a for a in node.args[:1] if isinstance(a, fx.Node)] if node.target is operator.getitem else []
+    found = [n for n in node.all_input_nodes if shares_memory(node, n)]
     if not any(r.alias_info is not None for r in schema.returns):
-        return []
+        return found
     positional, keywords = bound_args(node)
     given = dict(zip((a.name for a in schema.arguments), positional, strict=False), **keywords)
-    return [
-        given[a.name] for a in schema.arguments if a.alias_info and isinstance(given.get(a.name), fx.Node)
-    ]
+    said = (given.get(a.name) for a in schema.arguments if a.alias_info)
+    return found + [n for n in said if isinstance(n, fx.Node) and n not in found]

@@ -327,6 +327,8 @@ class _Walk:
         found = rule(op, *self._operands(args), **self._operands(kwargs))
         if isinstance(found, Unsupported):
             return found
+        if isinstance(val(node), (tuple, list)) and not isinstance(found.layout, tuple):
+            return Unsupported("unknown_op", node, f"`{node.target}` has no rule for its several results")
         symbolic = _symbolic_argument(args, kwargs)
         if symbolic is not None and found.action == "emit":
             return Unsupported(

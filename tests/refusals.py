@@ -88,7 +88,7 @@ class Case:
         """The lines of this file that a refusal may name; the whole function where none is marked."""
         functions = [Stream.forward] if self.embedding else [self.op]
         if self.place == "attention":
-            functions += [causal_mask, scores_of, _with_sinks, _masked_scores]
+            functions += [causal_mask, additive_causal, scores_of, _with_sinks, _masked_scores]
         marked, spanned = set(), set()
         for function in functions:
             source, first = inspect.getsourcelines(function)
@@ -1109,6 +1109,32 @@ def transposed_mask(m, q, k, v, ids, mask):
 def one_future_entry(m, q, k, v, ids, mask):
     allowed = causal_mask(q.shape[-2])
     allowed[0, -1] = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def additive_causal(q):
+    size = q.shape[-2]
+    return torch.zeros(size, size, dtype=q.dtype).masked_fill(~causal_mask(size), float("-inf"))
+
+
+@attention(refused(*NOT_CAUSAL, "mutation", "unknown_op"), min_positions=2)
+def one_future_entry_of_an_additive_mask(m, q, k, v, ids, mask):
+    added = additive_causal(q)
+    added[0, -1] = 0
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added)
+
+
+@attention(refused(*NOT_CAUSAL, "mutation", "unknown_op"), min_positions=2)
+def one_future_entry_of_a_sum_of_masks(m, q, k, v, ids, mask):
+    added = additive_causal(q) + additive_causal(q)
+    added.view(-1)[1:2].zero_()
+    return (scores_of(q, k) + added).softmax(-1) @ v
+
+
+@attention(refused(*NOT_CAUSAL, "mutation", "unknown_op"), min_positions=2)
+def future_entries_through_a_view_that_no_schema_tells(m, q, k, v, ids, mask):
+    allowed = causal_mask(q.shape[-2])
+    torch.atleast_3d(allowed).fill_(True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 
@@ -2163,3 +2189,44 @@ def gradient_of_each_copy_differs(m, y, ids, mask):
     """The weights of a shared token's copies differ in sign and size, some are zero."""
     weights = torch.arange(ids.numel()).view(ids.shape) % 5 - 2
     return (y.log_softmax(-1)[..., 0] * weights).sum()
+
+
+@logits(refused("row_layout", "size_as_number", "unknown_op"), min_positions=2)
+def memory_around_a_slice(m, y, ids, mask):
+    return y[:, :1].as_strided(y.shape, y.stride())
+
+
+@logits(either("mutation", *BOTH))
+def shape_changed_in_place(m, y, ids, mask):
+    changed = y.cumsum(1)
+    view = changed[:, :1]
+    changed.unsqueeze_(1)
+    return view.sum(), changed
+
+
+@logits(either("mutation", *BOTH))
+def written_through_the_second_of_two_views(m, y, ids, mask):
+    first, second = y.sum((1, 2)), y.sum((0, 2))
+    _, grid = torch.meshgrid(first, second, indexing="ij")
+    second.mul_(3)
+    return grid.sum(), first.sum()
+
+
+@logits(either("mutation", *BOTH))
+def written_through_an_unsafe_chunk(m, y, ids, mask):
+    changed = y.exp()
+    changed.unsafe_chunk(2, -1)[0].mul_(3)
+    return changed
+
+
+class Statistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+        self.register_buffer("var", torch.ones(1))
+
+
+@hidden(refused("mutation", "unknown_op"), module=Statistics)
+def running_statistics_of_the_ids(m, x, ids, mask):
+    normed = F.batch_norm(ids.to(x)[:, None], m.extra.mean, m.extra.var, training=True)
+    return x * normed[:, 0, :, None]

@@ -66,6 +66,10 @@ UNTOUCHED = {
     "a row twice": lambda x, ids: torch.stack([torch.logsumexp(x[i], -1) for i in (0, 1, 1)]),
     "different operations": lambda x, ids: torch.stack([x[0].exp(), x[1].exp(), x[2].cos()]),
     "different constants": lambda x, ids: torch.stack([r * (i + 2) for i, r in enumerate(x)]),
+    "zeros of two signs": lambda x, ids: torch.stack(
+        [torch.where(r > 0, z, r).reciprocal() for r, z in zip(x, (0.0, -0.0, 0.0))]
+    ),
+    "numbers of two types": lambda x, ids: torch.stack([r.argmax(-1) + n for r, n in zip(x, (1, 1.0, 1))]),
     "different dims": lambda x, ids: torch.stack([r.cumsum(0 if i else 1) for i, r in enumerate(x)]),
     "one depends on another": lambda x, ids: torch.stack([x[0].exp(), x[0] + x[1], x[2].exp()]),
     "chunks: along the loop's dim": lambda x, ids: torch.cat([c.softmax(1) for c in x.split(4, dim=1)], 1),

@@ -259,9 +259,10 @@ def grouped_mm_rule(
 
 
 def _is_descending(sort: fx.Node) -> bool:
-    args, kwargs = bound_args(sort)
-    names = [a.name for a in sort.target._schema.arguments]  # type: ignore[union-attr]
-    return bool(kwargs["descending"] if "descending" in kwargs else args[names.index("descending")])
+    args, given = bound_args(sort)
+    arguments = sort.target._schema.arguments  # type: ignore[union-attr]
+    given |= {a.name: value for a, value in zip(arguments, args, strict=False)}
+    return bool(given.get("descending", False))
 
 
 # Rules for operations that get `Numbers`; any other such operation is refused.
