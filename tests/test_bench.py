@@ -7,6 +7,7 @@ import os
 import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pgcompile.bench import command, contestants, machine, measure, peers
 from pgcompile.bench.agreement import Yardstick, by_rows
 from pgcompile.bench.cases import GRIDS, Case, build, group_case, tree_case
 from pgcompile.bench.contestants import CONTESTANTS, Contestant, Setup
-from pgcompile.bench.models import SIZES, Work, build_model, count_work, token_logprobs
+from pgcompile.bench.models import SIZES, ModelWork, build_model, count_work, token_logprobs
 from pgcompile.bench.page import page
 from pgcompile.bench.results import Record, Row, read, write
 from pgcompile.cli.main import commands
@@ -137,7 +138,7 @@ def test_work_is_what_the_shapes_say(model):
 
 
 def test_ideal_is_the_ratio_of_counted_work():
-    work = Work(per_token=100, per_pair=7, per_prediction=30)
+    work = ModelWork(per_token=100, per_pair=7, per_prediction=30)
     record = Record.of(group_case(6, 2, 3), build(group_case(6, 2, 3), VOCABULARY), work, "step")
     dense = 100 * 3 * 8 + 7 * 3 * 36 + 30 * 3 * 2
     distinct = 100 * (6 + 3 * 2) + 7 * (21 + 3 * (7 + 8)) + 30 * (1 + 3)
@@ -249,7 +250,7 @@ class Plain(nn.Module):
 def test_a_model_of_ones_own():
     name = f"{__name__}:Plain"
     own = build_model(name, None, 64, torch.float32, CPU)
-    assert count_work(own) == Work(32 * 96 + 32 * 64, 2 * 32, 0)
+    assert count_work(own) == ModelWork(32 * 96 + 32 * 64, 2 * 32, 0)
     result = run("--device", "cpu", "--model", name, *SMALL, "--against", "dense,prefix-grouper,flex-tree")
     assert result.exit_code == 0 and "needs a transformers model" in result.output
     assert "--layers" in run("--device", "cpu", "--model", name, "--layers", 1).output
@@ -267,7 +268,9 @@ def why_wrong(model, case, run_of):
     made = setup(model, case)
     yardstick = Yardstick.of(model, made.batch, "step")
     runner = measure.Runner(Row(""), made, run_of(made))
-    return yardstick.why_wrong(measure._first_call(runner, model, "step")[1])
+    measure._check_first_call(runner, model, "step", yardstick)
+    assert (runner.row.status == "wrong") == bool(runner.row.reason)
+    return runner.row.reason or None, runner.row.errors
 
 
 @pytest.mark.parametrize("case", [SHAPES[i] for i in (0, 3, 4, 6)], ids=lambda case: case.name)
@@ -568,6 +571,23 @@ def test_a_grid_is_resumed(config, measured, tmp_path):
     measured.clear()
     run(*arguments, "--layers", 1)
     assert measured == names and len(read(file)) == 16  # other settings: kept beside
+
+
+def test_a_case_that_would_not_end_in_time_does_not_begin(config, measured, tmp_path, monkeypatch):
+    """Each token takes a second, by a clock that nothing else moves: 80 s, then 160 or 40, some of which compiles."""
+    now, give = [0.0], command.measure
+
+    def slow(case, *rest):
+        now[0] += case.most_rows * case.most_tokens
+        return give(case, *rest)
+
+    monkeypatch.setattr(command, "measure", slow)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setitem(GRIDS, "cpu", [group_case(32, 8, 2), group_case(32, 8, 4), group_case(16, 4, 2)])
+    arguments = ("--device", "cpu", "--model", config, "--grid", "cpu", "--json", tmp_path / "r.json")
+    result = run(*arguments, "--budget-seconds", 130)
+    assert result.exit_code == 3 and "the budget is spent" in result.output
+    assert measured == ["P=32 R=8 G=2", "P=16 R=4 G=2"]
 
 
 def test_an_interrupted_grid_keeps_its_cases(config, measured, tmp_path, monkeypatch):

@@ -30,11 +30,14 @@ WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 
 @dataclass(frozen=True)
 class Outcome:
-    """Log-probabilities [N, K], zero where no answer is, and gradients by parameter, if there was a backward pass; in
-    host memory, where they don't take from what contestants need."""
+    """Log-probabilities [N, K], zero where no answer is, and gradients by parameter, if there was a backward pass."""
 
     logprobs: Tensor
     gradients: Sequence[Tensor | None] = ()
+
+    def on_host(self) -> Outcome:
+        """Where it doesn't take from what contestants need."""
+        return Outcome(self.logprobs.cpu(), [None if g is None else g.cpu() for g in self.gradients])
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Yardstick:
     @classmethod
     def of(cls, model: Model, batch: Batch, phase: str) -> Yardstick:
         dtype = next(model.module.parameters()).dtype
-        truth = by_rows(model.wider(WIDER[dtype]), batch, phase, WIDER[dtype])
+        truth = by_rows(model.wider(WIDER[dtype]), batch, phase, WIDER[dtype]).on_host()
         nothing = Outcome(
             torch.zeros_like(truth.logprobs),
             [None if g is None else torch.zeros(()) for g in truth.gradients],
@@ -95,7 +98,7 @@ def by_rows(model: Model, batch: Batch, phase: str, wide: torch.dtype) -> Outcom
     """Dense in eager, a row at a time and without its padding; gradients are summed in the wider precision."""
     parameters = list(model.module.parameters())
     start = batch.ids.shape[1] - batch.answer_positions
-    logprobs = torch.zeros(batch.weights.shape, dtype=wide)
+    logprobs = torch.zeros(batch.weights.shape, dtype=wide, device=batch.weights.device)
     sums: list[Tensor | None] = [None] * len(parameters)
     model.module.zero_grad(set_to_none=True)
     for n, length in enumerate(batch.lengths.tolist()):
@@ -103,7 +106,7 @@ def by_rows(model: Model, batch: Batch, phase: str, wide: torch.dtype) -> Outcom
         weights = batch.weights[n : n + 1, :count]
         with torch.set_grad_enabled(phase == "step"):
             values = token_logprobs(model, batch.ids[n : n + 1, :length], count)
-        logprobs[n, :count] = values.detach().masked_fill(weights == 0, 0).cpu()
+        logprobs[n, :count] = values.detach().masked_fill(weights == 0, 0)
         if phase == "step":
             (values * weights).sum().backward()
             for i, parameter in enumerate(parameters):
@@ -111,25 +114,27 @@ def by_rows(model: Model, batch: Batch, phase: str, wide: torch.dtype) -> Outcom
                     before, grad = sums[i], parameter.grad.to(wide)
                     sums[i] = grad if before is None else before.add_(grad)
                     parameter.grad = None
-    return Outcome(logprobs, [None if s is None else s.cpu() for s in sums] if phase == "step" else ())
+    return Outcome(logprobs, sums if phase == "step" else ())
 
 
 def distance(outcome: Outcome, truth: Outcome) -> Errors:
-    """L2 norms of the differences; infinite where a gradient is missing or something isn't finite."""
+    """L2 norms of the differences, computed where the outcome is; infinite where a gradient is missing or something
+    isn't finite."""
     parts = []
     for found, wanted in zip(outcome.gradients, truth.gradients, strict=True):
         if found is None or wanted is None:  # no gradient is a gradient of zero
             other = found if wanted is None else wanted
             parts.append(0.0 if other is None or not other.any() else float("inf"))
         else:
-            parts.append(_norm(found.to(wanted) - wanted))
+            parts.append(_difference(found, wanted))
     return Errors(
-        _norm(outcome.logprobs.to(truth.logprobs) - truth.logprobs),
+        _difference(outcome.logprobs, truth.logprobs),
         sum(p * p for p in parts) ** 0.5,
         tuple(parts),
     )
 
 
-def _norm(x: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    difference = found.to(wanted.dtype) - wanted.to(found.device)
+    norm = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
     return norm if norm == norm else float("inf")

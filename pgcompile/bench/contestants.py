@@ -16,6 +16,7 @@ from ..report import BatchReport, GraphReport
 from . import peers
 from .cases import Batch
 from .models import Model, token_logprobs
+from .results import OURS
 
 Run = Callable[[], Tensor]
 
@@ -80,7 +81,6 @@ def _peer(prepare: Callable[..., Run], why_not: Callable[..., str | None]) -> Co
     )
 
 
-OURS = "pgcompile"
 CONTESTANTS: dict[str, Contestant] = {
     "dense": Contestant(dense, is_dense=True),
     "dense-compiled": Contestant(dense_compiled, is_dense=True),

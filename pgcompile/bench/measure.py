@@ -20,7 +20,7 @@ from .agreement import Outcome, Yardstick
 from .cases import Batch, Case, build
 from .contestants import Contestant, Run, Setup
 from .machine import is_out_of_memory, peak_memory, synchronize
-from .models import Model, Work
+from .models import Model, ModelWork
 from .results import Record, Row
 
 Tell = Callable[[str], None]
@@ -40,7 +40,7 @@ class Runner:
 
 
 def measure(
-    case: Case, model: Model, work: Work, chosen: Mapping[str, Contestant], phase: str, repeats: int,
+    case: Case, model: Model, work: ModelWork, chosen: Mapping[str, Contestant], phase: str, repeats: int,
     options: Mapping[str, Any], tell: Tell = lambda text: None, min_run_time: float = 0,
 ) -> Record:  # fmt: skip
     """Measure one case.
@@ -125,18 +125,18 @@ def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: 
         if runner.is_running:
             tell(f"{runner.row.name}, first call")
             with _judged(runner.row):
-                runner.row.first_seconds, outcome = _first_call(runner, model, phase)
-                reason, runner.row.errors = yardstick.why_wrong(outcome)
-                if reason is not None:
-                    runner.row.status, runner.row.reason = "wrong", reason
+                _check_first_call(runner, model, phase, yardstick)
 
 
-def _first_call(runner: Runner, model: Model, phase: str) -> tuple[float, Outcome]:
-    """Its seconds, and what came out."""
-    seconds, logprobs = timed(runner, model, phase)
+def _check_first_call(runner: Runner, model: Model, phase: str, yardstick: Yardstick) -> None:
+    """Keeps nothing of what came out: the next contestant needs the memory."""
+    row = runner.row
+    row.first_seconds, logprobs = timed(runner, model, phase)
     logprobs = logprobs.detach().masked_fill(runner.setup.batch.weights == 0, 0)
     gradients = [p.grad for p in model.module.parameters()] if phase == "step" else []
-    return seconds, Outcome(logprobs.cpu(), [None if g is None else g.cpu() for g in gradients])
+    reason, row.errors = yardstick.why_wrong(Outcome(logprobs, gradients))
+    if reason is not None:
+        row.status, row.reason = "wrong", reason
 
 
 def timed(runner: Runner, model: Model, phase: str) -> tuple[float, Tensor]:

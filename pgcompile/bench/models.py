@@ -48,7 +48,7 @@ ATTENTION, UNGROUPED = "causal_sdpa", "causal_sdpa_ungrouped"
 
 
 @dataclass(frozen=True)
-class Work:
+class ModelWork:
     """Multiply-adds of a forward pass: per token, per query-key pair, and per token whose logits are computed."""
 
     per_token: int
@@ -255,7 +255,7 @@ def ungrouped_attention(
     return out.transpose(1, 2), None
 
 
-def count_work(model: Model) -> Work:
+def count_work(model: Model) -> ModelWork:
     """Count by running rows of 8 and 16 tokens: what grows with them is linear layers, with their square attention.
 
     Every pair is counted here, of which a causal model sees half. The loss then counts the pairs that it sees.
@@ -267,7 +267,7 @@ def count_work(model: Model) -> Work:
     )  # `count` tokens ask for one position more
     per_pair = (long - 2 * short) // (16 * 16 - 2 * 8 * 8)
     per_token = (short - 8 * 8 * per_pair) // 8
-    return Work(per_token // 2, per_pair // 2, per_prediction // 2)  # a multiply-add is two
+    return ModelWork(per_token // 2, per_pair // 2, per_prediction // 2)  # a multiply-add is two
 
 
 def _flops(model: Model, positions: int, count: int) -> int:

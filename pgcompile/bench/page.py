@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from .cases import GRIDS
-from .contestants import OURS
 from .results import Record
 from .table import name_of, reasons, used_columns
 
@@ -26,7 +25,8 @@ Written by `{command}`.
 A step is the forward and backward pass of a loss over the answers' log-probabilities, each times its row's advantage;
 logits are computed for the answers only, and the optimizer isn't included. Weights are random. Contestants take turns
 in one process, after each has been checked: its log-probabilities and gradients are no further from those of the dense
-model in higher precision than twice what dense eager is. What differs more gets no figure.
+model in higher precision than twice what dense eager is. What differs more gets no figure. Each turn has other tokens,
+with the same common prefixes: as in training, every step finds out anew what is shared.
 
 *speed-up*: over the fastest dense contestant (`dense`, eager, and `dense-compiled`, inductor), on SDPA's causal fast
 path and without a mask.
@@ -95,8 +95,7 @@ def _timed_steps(records: Sequence[Record]) -> str:
 
 
 def _below(record: Record, notes: Mapping[str, str]) -> str | None:
-    row = next((row for row in record.rows if row.name == OURS), None)
-    efficiency = None if row is None else record.efficiency(row)
+    efficiency = record.efficiency(record.ours)
     if efficiency is None or efficiency >= ENOUGH:
         return None
     why = next((text for case, text in notes.items() if fnmatchcase(record.name, case)), "not explained yet")

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from .contestants import OURS
-from .results import Record, Row
+from .results import Record
 
 
 def check_format(path: Path) -> None:
@@ -32,8 +31,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     Raises:
         click.ClickException: if there is nothing to draw.
     """
-    points = [(record, row) for record in records for row in record.rows if _is_drawn(record, row)]
-    if not points:
+    drawn = sorted(filter(_is_drawn, records), key=_ratio)
+    if not drawn:
         raise click.ClickException(
             "nothing to draw: no case with a prompt and answers of one length was measured"
         )
@@ -42,8 +41,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")  # no display
     import matplotlib.pyplot as plt
 
-    prompts = sorted({record.case["prompt"] for record, _ in points})
-    groups = sorted({record.case["group"] for record, _ in points})
+    prompts = sorted({record.case["prompt"] for record in drawn})
+    groups = sorted({record.case["group"] for record in drawn})
     figure, panels = plt.subplots(
         2, len(prompts), figsize=(1 + 3.6 * len(prompts), 6.4), sharex=True, sharey="row", squeeze=False,
         layout="constrained",
@@ -52,22 +51,15 @@ def draw(records: Sequence[Record], path: Path) -> None:
     for column, prompt in enumerate(prompts):
         speed, memory = panels[:, column]
         for i, group in enumerate(groups):
-            line = sorted(
-                (
-                    (record.case["prompt"] / record.case["answer"], record, row)
-                    for record, row in points
-                    if (record.case["prompt"], record.case["group"]) == (prompt, group)
-                ),
-                key=lambda point: point[0],
-            )
+            line = [r for r in drawn if (r.case["prompt"], r.case["group"]) == (prompt, group)]
             style: dict[str, Any] = dict(color=colors(i / max(len(groups), 2)))
-            ratio = [x for x, _, _ in line]
-            speed.plot(ratio, [r.speedup(row) for _, r, row in line], "o-", label=f"G = {group}", **style)
-            speed.plot(ratio, [r.ideal for _, r, _ in line], "--", linewidth=1, **style)
-            memory.plot(ratio, [r.memory_ratio(row) for _, r, row in line], "o-", **style)
+            ratio = list(map(_ratio, line))
+            speed.plot(ratio, [r.speedup(r.ours) for r in line], "o-", label=f"G = {group}", **style)
+            speed.plot(ratio, [r.ideal for r in line], "--", linewidth=1, **style)
+            memory.plot(ratio, [r.memory_ratio(r.ours) for r in line], "o-", **style)
         speed.set(title=f"P = {prompt}", xscale="log", yscale="log")
         memory.set(xlabel="P / R", ylim=(0, None))
-        ticks = sorted({r.case["prompt"] // r.case["answer"] for r, _ in points})
+        ticks = sorted({r.case["prompt"] // r.case["answer"] for r in drawn})
         speed.set_xticks(ticks, ticks)
         speed.minorticks_off()
     heights = [1, 1.5, 2, 3, 4, 6, 8, 12, 16]
@@ -82,7 +74,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
     plt.close(figure)
 
 
-def _is_drawn(record: Record, row: Row) -> bool:
+def _ratio(record: Record) -> float:
+    return record.case["prompt"] / record.case["answer"]
+
+
+def _is_drawn(record: Record) -> bool:
     case = record.case
     shape = case["prompt"] and case["answer"] and case["shortest"] is None and case["tree"] is None
-    return bool(shape) and row.name == OURS and record.speedup(row) is not None
+    return bool(shape) and record.speedup(record.ours) is not None

@@ -13,7 +13,9 @@ import click
 
 from ..files import write_atomically
 from .cases import Batch, Case
-from .models import Work
+from .models import ModelWork
+
+OURS = "pgcompile"
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Record:
     command: str = ""
 
     @classmethod
-    def of(cls, case: Case, batch: Batch, work: Work, phase: str) -> Record:
+    def of(cls, case: Case, batch: Batch, work: ModelWork, phase: str) -> Record:
         passes = 2 * (
             3 if phase == "step" else 1
         )  # a multiply-add is two operations; backward does each twice
@@ -110,6 +112,10 @@ class Record:
     def failed(self) -> bool:
         """Has a contestant no figure that might have one another time?"""
         return any(row.status in ("error", "out of memory") for row in self.rows)
+
+    @property
+    def ours(self) -> Row:
+        return next((row for row in self.rows if row.name == OURS), Row(OURS, status="unavailable"))
 
     @property
     def baseline(self) -> Row | None:

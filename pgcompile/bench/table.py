@@ -8,9 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from .contestants import OURS
 from .machine import peak_rate
-from .results import Record, Row
+from .results import OURS, Record, Row
 
 COLORS = {
     "measured": "",
@@ -111,8 +110,8 @@ def name_of(record: Record) -> str:
 
 def headline(record: Record) -> str:
     """What pgcompile makes of the case, in a line."""
-    ours = next(row for row in record.rows if row.name == OURS)
-    speedup, baseline = record.speedup(ours), record.baseline
+    ours, baseline = record.ours, record.baseline
+    speedup = record.speedup(ours)
     if ours.median is None:
         said = f"{OURS}: {ours.status}"
     elif speedup is None or baseline is None:
