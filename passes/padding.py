@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from .graph import aten, bound_args, is_tensor, shape, val
-from .layout import Dim, Selection, TokenLayout, plain
+from .layout import KEY, Dim, Selection, TokenLayout, plain
 from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import LATE, PROLOGUE, STREAM, Op, Operand, Outcome, rule_of
@@ -152,7 +152,7 @@ def _layout_after(
     )
     if isinstance(found, Unsupported) or isinstance(found.layout, tuple) or found.action not in _KEEPS_TOKENS:
         return None
-    return None if found.layout.is_sorted else found.layout
+    return None if found.layout.is_sorted or found.layout.has(KEY) else found.layout  # a product mixes tokens
 
 
 _KEEPS_TOKENS = ("emit", "reshape", "expand", "alias", "drop_dim", "filled")

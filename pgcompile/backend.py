@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
 from .breaks import break_behind
 from .calibration import read_speed
-from .chunks import number_of_chunks, run_head
+from .chunks import Lookup, chunk_size, number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
 from .cost import Cost, Speed, count_work, saved_work, why_not_worth_it
 from .engines import Scores
@@ -189,24 +189,27 @@ class PackedCall:
         if self.failures != backward_failures():
             self.failures = backward_failures()
             return self._run_dense(given, report, "engine_error", "the backward pass before this call failed")
-        modes = GlobalModes()
+        switches = GlobalModes()
         try:
             results, plan = self._plan(args, report)
             inputs = self._inputs(args, results, plan)
         except DenseCall as reason:
             return self._run_dense(given, report, reason.kind, reason.explanation)
         except Exception as error:  # nothing ran yet: the original does, and says why
-            modes.restore()  # a graph may have stopped between two switches
+            switches.restore()  # a graph may have stopped between two of them
             if belongs_to_caller(error):
                 raise
             return self._run_dense(given, report, "internal_error", f"{type(error).__name__}: {error}", error)
         try:
-            packed = self._compiled(plan, report)(*inputs)
-            if report.head_chunks:
-                packed = self._run_head(packed, inputs, args, results, plan, report)
+            run = self._compiled(plan, report)
+            lookups = self._lookups(args, results, plan, report.head_chunks)
+            packed = run(*inputs)
+            if self.graphs.head is not None and report.head_chunks:
+                tokens = self._head_tokens(plan)
+                packed = run_head(self.graphs.head, packed, inputs, lookups, tokens, report.head_chunks)
             outputs = self._late(args, results, packed, plan)
         except Exception as error:  # the same: nothing has been written to
-            modes.restore()
+            switches.restore()
             if belongs_to_caller(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what was computed
@@ -269,7 +272,7 @@ class PackedCall:
             return self.eager_packed
         graphs = self.graphs
         if graphs.head is not None:
-            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan))
+            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.class_of.device)
             if report.head_chunks:
                 graphs = replace(graphs, packed=graphs.head.trunk)
         key = modes(), report.head_chunks > 0
@@ -283,15 +286,13 @@ class PackedCall:
     def eager_packed(self) -> fx.GraphModule:
         return without_compiler(self.graphs.packed)
 
-    def _run_head(
-        self, values: Sequence[Any], inputs: Sequence[Any], args: Sequence[Any], results: Sequence[Any], plan: Plan,
-        report: BatchReport,
-    ) -> Sequence[Any]:  # fmt: skip
-        """The packed graph's outputs from the trunk's values, the head in chunks."""
-        head = self.graphs.head
-        assert head is not None
-        requests = head.requests(*self._late_inputs(args, results, None, plan))
-        return run_head(head, values, inputs, requests, self._head_tokens(plan), report.head_chunks)
+    def _lookups(self, args: Sequence[Any], results: Sequence[Any], plan: Plan, chunks: int) -> list[Lookup]:
+        """Those of a head in chunks."""
+        if self.graphs.head is None or chunks == 0:
+            return []
+        tokens = self._head_tokens(plan)
+        requests = self.graphs.head.requests(*self._late_inputs(args, results, None, plan))
+        return [Lookup(index, column, tokens, chunk_size(tokens, chunks)) for index, column in requests]
 
     def _head_tokens(self, plan: Plan) -> int:
         assert self.graphs.head is not None

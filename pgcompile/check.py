@@ -19,6 +19,8 @@ from .report import log
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 HALVES = (torch.bfloat16, torch.float16)
 
+PIECE = 1 << 24  # numbers compared at a time, in float64: logits may have billions
+
 
 class CheckError(RuntimeError):
     """A packed batch differs from the original by more than rounding."""
@@ -64,7 +66,7 @@ def compare(
     if with_gradients and trained and any(e.requires_grad for _, _, e, _ in triples):
         losses = [
             torch.stack(
-                [(_kept(v, weights) * weights).double().sum() for v, weights in side if v.requires_grad]
+                [(_kept(v, w) * w).sum(dtype=torch.float64) for v, w in side if v.requires_grad]
             ).sum()
             for side in ([(t[1], t[3]) for t in triples], [(t[2], t[3]) for t in triples])
         ]
@@ -86,19 +88,35 @@ def _kept(value: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weights(value: Tensor, kept: Tensor | None) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    w = torch.rand(value.shape, generator=generator, dtype=torch.float64, device="cpu").add(0.5).to(value)
-    return w if kept is None else w * kept.to(w)
+    generator = torch.Generator(value.device).manual_seed(0)
+    w = torch.rand(value.shape, generator=generator, dtype=value.dtype, device=value.device).add_(0.5)
+    return w if kept is None else w.mul_(kept)
 
 
 def _compare(what: str, found: Tensor, expected: Tensor, coarse: float) -> None:
-    same = (found == expected) | (found.isnan() & expected.isnan())  # infinities too
-    difference = torch.where(same, 0, found.double() - expected.double())
-    error, scale = difference.norm(), torch.where(expected.isfinite(), expected, 0).double().norm()
+    if expected.numel() == 0:
+        return
+    pieces = [_differences(f, e) for f, e in zip(_pieces(found), _pieces(expected), strict=True)]
+    error, scale, largest, at = (torch.stack(values).double() for values in zip(*pieces, strict=True))
+    error, scale = error.norm(), scale.norm()
     tolerance = max(TOLERANCE.get(expected.dtype, 1e-4), coarse)
     if not bool(error <= tolerance * scale + 1e-12):
-        worst = [int(i) for i in torch.unravel_index(difference.abs().argmax(), expected.shape)]
+        piece = int(largest.argmax())
+        flat = torch.tensor(piece * PIECE + int(at[piece]))
+        worst = [int(i) for i in torch.unravel_index(flat, expected.shape)]
         raise CheckError(
             f"{what}: packed differs from the original by {error / scale:.2e} (relative L2), not {tolerance:.0e}; "
             f"worst at {worst}: {found[tuple(worst)].item():.6g} instead of {expected[tuple(worst)].item():.6g}"
         )
+
+
+def _pieces(value: Tensor) -> tuple[Tensor, ...]:
+    return value.reshape(-1).split(PIECE)
+
+
+def _differences(found: Tensor, expected: Tensor) -> tuple[Tensor, ...]:
+    """Norm of the difference, norm of what is expected, the largest difference and its place."""
+    same = (found == expected) | (found.isnan() & expected.isnan())  # infinities too
+    difference = torch.where(same, 0, found.double() - expected.double())
+    scale = torch.where(expected.isfinite(), expected, 0).double().norm()
+    return difference.norm(), scale, *difference.abs().max(0)

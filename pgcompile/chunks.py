@@ -16,37 +16,45 @@ from torch.utils.checkpoint import checkpoint
 from .passes.packed_graphs import Head
 from .passes.unpack import Gathered
 
-# Above this size, [T, V] runs in chunks; a chunk's is about a sixteenth of it.
+# Above this size, [T, V] runs in chunks of another one. Each chunk reads the weight and adds to its gradient, which has
+# to be little beside what its tokens cost: that takes larger chunks on a GPU, a share of its memory (not yet measured).
 WHOLE_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 26
+GPU_SHARE = 64
 
 
-def number_of_chunks(head: Head, tokens: int) -> int:
+def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
     """0 where the head runs whole."""
     nbytes = tokens * head.width * head.itemsize
-    return -(-nbytes // CHUNK_BYTES) if nbytes > WHOLE_BYTES else 0
+    chunk = CHUNK_BYTES
+    if device.type == "cuda":
+        chunk = max(chunk, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+    return -(-nbytes // chunk) if nbytes > max(WHOLE_BYTES, chunk) else 0
 
 
 def run_head(
-    head: Head, values: Sequence[Any], inputs: Sequence[Any], requests: Sequence[tuple[Tensor, Tensor]],
-    tokens: int, chunks: int,
-) -> list[Any]:  # fmt: skip
+    head: Head,
+    values: Sequence[Any],
+    inputs: Sequence[Any],
+    lookups: Sequence[Lookup],
+    tokens: int,
+    chunks: int,
+) -> list[Any]:
     """The packed graph's outputs, with a `Gathered` for each that is wide.
 
     Args:
         values: the trunk's results; `inputs`: those of the packed graph.
-        requests: label lookups, packed index [M] (-1 where dropped) and column [M, K].
+        lookups: of labels, one for each of the head's requests.
         tokens, chunks: T, and in how many parts.
     """
     arguments = [(values if s.kind == "trunk" else inputs)[s.index] for s in head.sources]
-    size = -(-tokens // chunks)
+    size = chunk_size(tokens, chunks)
     pieces = [
         a.split(size, dim=s.token_dim) if s.token_dim is not None else _shared(a)
         for a, s in zip(arguments, head.sources, strict=True)
     ]
-    lookups = [_Lookup(index, column, tokens, size) for index, column in requests]
     narrow: list[list[Tensor]] = [[] for o in head.outputs if not o.is_wide]
-    found: list[list[Tensor]] = [[] for _ in requests]
+    found: list[list[Tensor]] = [[] for _ in lookups]
     for number in range(-(-tokens // size)):
         part = [p[number] if isinstance(p, tuple) else p for p in pieces]
         asked = [lookup.of(number) for lookup in lookups]
@@ -66,6 +74,11 @@ def run_head(
         else:
             out[output.index] = next(whole)
     return out
+
+
+def chunk_size(tokens: int, chunks: int) -> int:
+    """In tokens."""
+    return -(-tokens // chunks)
 
 
 def _shared(x: Any) -> Any:
@@ -90,8 +103,16 @@ def _run_chunk(head: Head, part: list[Any], asked: list[tuple[Tensor, Tensor]]) 
     return checkpoint(run, *part, use_reentrant=False, preserve_rng_state=False)
 
 
-class _Lookup:
-    """One label lookup, its copies sorted by token and cut where chunks end."""
+class Lookup:
+    """One label lookup, its copies sorted by token and cut where chunks end.
+
+    The host reads back where that is: to be made before the trunk runs, or it waits for all of that.
+
+    Args:
+        index: packed index [M], -1 where dropped.
+        column: [M, K].
+        tokens, size: T, and of a chunk.
+    """
 
     def __init__(self, index: Tensor, column: Tensor, tokens: int, size: int) -> None:
         sorted_index, self.order = index.sort(stable=True)

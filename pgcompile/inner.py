@@ -78,16 +78,25 @@ class Family:
 _families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
 
 
-def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    """Give a graph to the inner compiler that `options` names (which isn't "eager")."""
+def compile_inner(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, cuda_graphs: bool = True
+) -> Callable[..., Any]:
+    """Give a graph to the inner compiler that `options` names (which isn't "eager").
+
+    Args:
+        cuda_graphs: False for none, whatever the mode: each number of tokens would be recorded anew, and each replay
+            copy all parameters, which are inputs here.
+    """
     if options.check == 0:
-        return _compile_inner(gm, inputs, options)
+        return _compile_inner(gm, inputs, options, cuda_graphs)
     # `check` runs backward twice; cached kernels may overwrite what it saved (whether they do is in no cache key)
     with torch._functorch.config.patch(donated_buffer=False, enable_autograd_cache=False):
-        return _compile_inner(gm, inputs, options)
+        return _compile_inner(gm, inputs, options, cuda_graphs)
 
 
-def _compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile_inner(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, cuda_graphs: bool
+) -> Callable[..., Any]:
     if options.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
@@ -96,6 +105,8 @@ def _compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) 
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(list_mode_options(options.inner_mode)) if options.inner_mode else {}
+    if not cuda_graphs:
+        patches |= {"triton.cudagraphs": False}
     if options.check:
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
     compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
@@ -160,7 +171,7 @@ def _compile_packed(
     with FakeTensorMode(shape_env=env):
         inputs = packed_inputs(graphs, aten_gm, sizes[0], segments, sizes[1])
     assert isinstance(inputs, list)  # or `verify` would have refused the graph
-    call = compile_inner(_copy(graphs.packed), inputs, options)
+    call = compile_inner(_copy(graphs.packed), inputs, options, cuda_graphs=False)
     served: list[Bounds] = [(0, math.inf)] * len(sizes)
     for guard in env.guards:
         for i, (symbol, size) in enumerate(zip(symbols, sizes, strict=True)):

@@ -1,4 +1,4 @@
-"""What is switched on around a call: grad mode, autocast, determinism."""
+"""What is switched on around a call: grad mode, autocast, determinism, precision."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from typing import Any
 import torch
 
 _DEVICES = ("cpu", "cuda", "xpu")
+_FLOAT32_PRODUCTS = ("cuda", "mkldnn")  # the backends whose precision can be set
 
 
 def modes() -> tuple[Any, ...]:
     """What the inner compiler bakes in."""
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in _DEVICES if torch.is_autocast_enabled(d))
-    return (
-        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast,
-        torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
-    )  # fmt: skip
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, *numerics()
+
+
+def numerics() -> tuple[Any, ...]:
+    """What of it kernels bake in that run under neither grad mode nor autocast.
+
+    `torch.get_float32_matmul_precision` raises where `torch.backends.…fp32_precision` was set.
+    """
+    precisions = (torch._C._get_fp32_precision_getter(backend, "matmul") for backend in _FLOAT32_PRODUCTS)
+    return torch.are_deterministic_algorithms_enabled(), *precisions
 
 
 class GlobalModes:

@@ -19,7 +19,7 @@ if BACKEND != "pgcompile":
     pytest.skip("about what pgcompile packs", allow_module_level=True)
 
 import pgcompile
-from pgcompile import inner, passes
+from pgcompile import passes
 from pgcompile.engines import reference
 
 LAYERS = 3
@@ -48,14 +48,11 @@ def model(**options):
 
 
 @pytest.fixture
-def attention_calls(monkeypatch):
+def attention_calls(fresh, monkeypatch):
     """How often attention ran forward."""
     calls = []
     forward = reference.attention
     monkeypatch.setattr(reference, "attention", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    torch._dynamo.reset()
-    inner._families.clear()
-    pgcompile.reset_stats()
     return calls
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setattr(backend, "run_head", counting)
     return counts
+
+
+def test_chunks_of_a_gpu_are_a_share_of_its_memory(monkeypatch):
+    """float32 logits of 50,000 words: 200 kB for each token."""
+    found = SimpleNamespace(width=50_000, itemsize=4)
+    memory = SimpleNamespace(total_memory=128 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [chunks.number_of_chunks(found, tokens, cpu) for tokens in (5000, 6000)] == [0, 18]
+    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (6000, 10_000, 11_000)] == [0, 0, 2]
+    memory.total_memory = 16 << 30
+    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (5000, 6000)] == [0, 5]
 
 
 def small_llama(name="llama"):
@@ -183,8 +196,9 @@ def test_nothing_wide_is_larger_than_a_chunk(small_chunks, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_chunks_are_rounded_once(dtype, small_chunks):
+def test_gradients_of_chunks_are_rounded_once(dtype, small_chunks, monkeypatch):
     """Half-precision weights: no worse than eager, although their gradients are sums over chunks."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 7 * VOCAB * 2)
     model = small_llama().to(dtype)
     truth_model = copy.deepcopy(model).double()
     fast = compiled(LOSSES["reinforce"])
@@ -200,4 +214,4 @@ def test_gradients_of_chunks_are_rounded_once(dtype, small_chunks):
         return {n: p.grad.clone() for n, p in owner.named_parameters()}
 
     assert_no_worse_than_eager(tensors, torch.finfo(dtype).eps)
-    assert len(small_chunks) == 5
+    assert len(small_chunks) == 5 and min(small_chunks) > 1

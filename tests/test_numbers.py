@@ -30,14 +30,9 @@ INNER = {"inner": "aot_eager", "fallback": "inner"}
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def compiled_only(fresh, monkeypatch):
     """Nothing runs without the inner compiler unnoticed."""
-    torch._dynamo.reset()
-    inner._families.clear()
-    pgcompile.reset_stats()
     monkeypatch.setattr(inner.DenseGraph, "eager", property(_runs_eagerly))
-    yield
-    torch._dynamo.reset()
 
 
 def _runs_eagerly(graph):
