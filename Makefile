@@ -4,6 +4,7 @@
 # make gpu       on a machine with an NVIDIA GPU: its tests, then its benchmarks, into docs/benchmarks. Installs nothing but a
 #                link to this folder, so it needs no network. Each part (make -n gpu names them) takes under 9 minutes;
 #                a benchmark that isn't done by then fails with 3, and goes on where it was when it is called again.
+#                make -k gpu goes on behind a part that failed.
 #
 # The first call creates .venv. To use an environment of your own, name it: make test VENV=/path. Nothing is downloaded
 # into that one: it needs torch and the extras dev and examples already, and gets only a link to this folder.
@@ -54,7 +55,8 @@ gpu-install:
 	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 
 gpu-tests: gpu-install
-	$(GPU_PYTHON) -m pytest -q tests/gpu tests/test_ops.py tests/triton_checks.py
+	TORCHINDUCTOR_COMPILE_THREADS=2 CUBLAS_WORKSPACE_CONFIG=:4096:8 $(GPU_PYTHON) -m pytest -q -n 8 --dist worksteal \
+	  tests/gpu tests/test_ops.py tests/triton_checks.py
 
 # gpu-GRID-MODEL; of the 8B model, eight layers
 $(GPU_GRIDS:%=gpu-%): gpu-%: gpu-install

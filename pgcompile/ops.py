@@ -184,26 +184,41 @@ def _prefix_attention_autograd(ctx: Any, grad_out: Tensor | None, grad_lse: None
 
 @raises_engine_error
 @without_autocast
-def _prefix_attention_backward(grad_out_1HTE: Tensor, q_1HTD: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dsinks) from out and lse, which follow the sinks in the forward's arguments.
-
-    No probabilities are kept. dsinks is empty where there are no sinks.
-    """
-    k, v, sinks, out, lse, subtree_end, depth, segments, hides, key_valid, same_value, *options = args
-    scale, softcap, window, engine = options
-    mask = _tree_mask(subtree_end, depth, segments, hides, key_valid, same_value, window)
+def _prefix_attention_backward(
+    grad_out_1HTE: Tensor,
+    q_1HTD: Tensor,
+    k_1KTD: Tensor,
+    v_1KTE: Tensor,
+    sinks_H: Tensor | None,
+    out_1HTE: Tensor,
+    lse_1HT: Tensor,
+    subtree_end_T: Tensor,
+    depth_T: Tensor,
+    segments_M5: Tensor,
+    hides_2: Tensor,
+    key_valid: Sequence[Tensor],
+    same_value: Sequence[Tensor],
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dsinks) from out and lse; no probabilities are kept. dsinks is empty where there are no sinks."""
+    mask = _tree_mask(subtree_end_T, depth_T, segments_M5, hides_2, key_valid, same_value, window)
     scores = Scores(scale, softcap)
-    chosen = engine_for(engine, q_1HTD, v, mask, scores)
-    grads = chosen.attention_backward(grad_out_1HTE, q_1HTD, k, v, out, lse, mask, scores)
-    if sinks is None:
-        return *grads, lse.new_empty(0)
-    return *grads, _sinks_gradient(grad_out_1HTE, out, lse, sinks)
+    chosen = engine_for(engine, q_1HTD, v_1KTE, mask, scores)
+    grads = chosen.attention_backward(grad_out_1HTE, q_1HTD, k_1KTD, v_1KTE, out_1HTE, lse_1HT, mask, scores)
+    if sinks_H is None:
+        return *grads, lse_1HT.new_empty(0)
+    return *grads, _sinks_gradient(grad_out_1HTE, out_1HTE, lse_1HT, sinks_H)
 
 
-def _prefix_attention_backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *qkv, sinks, _, lse = args[:6]
-    grads = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in qkv)
-    return *grads, (lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
+def _prefix_attention_backward_fake(
+    grad_out_1HTE: Tensor, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTE: Tensor, sinks_H: Tensor | None,
+    out_1HTE: Tensor, lse_1HT: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_1HTD, k_1KTD, v_1KTE))
+    return dq, dk, dv, lse_1HT.new_empty(0) if sinks_H is None else sinks_H.new_empty(sinks_H.shape)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -230,16 +245,14 @@ def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> T
     """Sum of the gradients of each token's copies, `[T, ...]`: deterministic, in float32, cast once."""
     grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
     copies, columns = grad_MC.shape
-    row_M = torch.where(index_M < 0, num_tokens, index_M)  # holes add up in a last row that is cut off
-    dtype = _sum_dtype(grad)
-    if grad.dtype == dtype:
-        out_TC = _segment_sum(grad_MC, row_M, num_tokens + 1)[:num_tokens]
+    segment_sums = _segment_sums(index_M, num_tokens, _sum_dtype(grad))
+    if grad.is_cpu and grad.dtype == _sum_dtype(grad):  # nothing is copied
+        out_TC = segment_sums(grad_MC)
     else:
         out_TC = grad.new_empty(num_tokens, columns)
         step = max(1, SUM_ELEMENTS // (copies + num_tokens + 1))
         for start in range(0, columns, step):
-            part_MC = grad_MC[:, start : start + step].to(dtype)
-            out_TC[:, start : start + step] = _segment_sum(part_MC, row_M, num_tokens + 1)[:num_tokens]
+            out_TC[:, start : start + step] = segment_sums(grad_MC[:, start : start + step])
     return out_TC.view(num_tokens, *grad.shape[1:])
 
 
@@ -248,16 +261,41 @@ def _sum_dtype(grad: Tensor) -> torch.dtype:
     return torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
 
 
-def _segment_sum(values_MC: Tensor, row_M: Tensor, rows: int) -> Tensor:
-    """`out[r] = sum of values[m] where row[m] = r`, in the dtype of the values, bit-equal in every run.
+def _segment_sums(row_M: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Of values `[M, C]`: `out[r] = sum of values[m] where row[m] = r`, in `dtype`, bit-equal in every run.
 
-    These are the kernels that add each row's copies in a fixed order: on CPU index_add_ (on CUDA it uses
-    atomics), on CUDA index_put_, which sorts by row (on CPU its order depends on threads). No host sync.
+    Row -1 is left out. On CPU index_add_ adds each row's copies in a fixed order; on CUDA it uses atomics.
     """
-    out_RC = values_MC.new_zeros(rows, values_MC.shape[1])
-    if out_RC.is_cpu:
-        return out_RC.index_add_(0, row_M, values_MC)
-    return out_RC.index_put_((row_M,), values_MC, accumulate=True)
+    by_row = row_M.is_cpu or row_M.numel() == 0
+    return (_segment_sums_by_row if by_row else _segment_sums_in_order)(row_M, rows, dtype)
+
+
+def _segment_sums_by_row(row_M: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    row_M = torch.where(row_M < 0, rows, row_M)  # a last row, which is cut off
+
+    def sums(values_MC: Tensor) -> Tensor:
+        out_RC = values_MC.new_zeros(rows + 1, values_MC.shape[1], dtype=dtype)
+        return out_RC.index_add_(0, row_M, values_MC.to(dtype))[:rows]
+
+    return sums
+
+
+def _segment_sums_in_order(row_M: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Sorted by row once, added up by a thread for each column of each row: no atomics, and no host sync.
+
+    (index_put_ would sort for each call, and add a row's copies one after the other for all columns; row -1's, too.)
+    """
+    row_M, order_M = row_M.sort(stable=True)
+    edges = torch.searchsorted(row_M, torch.arange(rows + 1, device=row_M.device))
+
+    def sums(values_MC: Tensor) -> Tensor:
+        ordered_MC = values_MC[order_M].to(dtype)
+        if dtype.is_complex:
+            ordered_MC = torch.view_as_real(ordered_MC.resolve_conj())
+        out_RC = torch.segment_reduce(ordered_MC, "sum", offsets=edges, unsafe=True)
+        return torch.view_as_complex(out_RC) if dtype.is_complex else out_RC
+
+    return sums
 
 
 def _gather_tokens_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -306,14 +344,15 @@ def _gather_entries_backward(
     """
     size = num_tokens * vocab
     if grad_MN.is_cpu and _sum_dtype(grad_MN) == grad_MN.dtype:  # no wider sums needed: no sort either
-        entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN)
-        return _segment_sum(grad_MN.reshape(-1, 1), entry.flatten(), size + 1)[:size].view(num_tokens, vocab)
+        entry = torch.where((index_M < 0)[:, None], -1, index_M[:, None] * vocab + column_MN)
+        segment_sums = _segment_sums(entry.flatten(), size, grad_MN.dtype)
+        return segment_sums(grad_MN.reshape(-1, 1)).view(num_tokens, vocab)
     entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN).flatten()
     entry, order = entry.sort(stable=True)
     is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0
-    rank = is_first.cumsum(0) - 1  # of the entry among the distinct ones
-    values_M1 = grad_MN.flatten()[order, None].to(_sum_dtype(grad_MN))
-    sums = _segment_sum(values_M1, rank, rank.shape[0]).flatten()
+    rank = torch.where(entry == size, -1, is_first.cumsum(0) - 1)  # of the entry among the distinct ones
+    segment_sums = _segment_sums(rank, rank.shape[0], _sum_dtype(grad_MN))
+    sums = segment_sums(grad_MN.flatten()[order, None]).flatten()
     out = grad_MN.new_zeros(size + 1)  # holes write to a last entry that is cut off
     out[entry] = sums[rank].to(out.dtype)  # copies of one entry all write the same sum
     return out[:size].view(num_tokens, vocab)

@@ -219,13 +219,17 @@ def wrong_classes_for_labels(monkeypatch):
 def last_copy_wins(monkeypatch):
     """The backward of every gather that repeats: a shared token gets the gradient of one of its copies."""
 
-    def segment_sum(values_MC, row_M, rows):
-        out_RC = values_MC.new_zeros(rows, values_MC.shape[1])
-        for m, r in enumerate(row_M.tolist()):
-            out_RC[r] = values_MC[m]
-        return out_RC
+    def segment_sums(row_M, rows, dtype):
+        def last_copies(values_MC):
+            out_RC = values_MC.new_zeros(rows, values_MC.shape[1], dtype=dtype)
+            for m, r in enumerate(row_M.tolist()):
+                if r >= 0:
+                    out_RC[r] = values_MC[m]
+            return out_RC
 
-    monkeypatch.setattr(ops, "_segment_sum", segment_sum)
+        return last_copies
+
+    monkeypatch.setattr(ops, "_segment_sums", segment_sums)
 
 
 def ignore_padding_guards(monkeypatch):

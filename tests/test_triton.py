@@ -41,8 +41,8 @@ def test_in_tritons_interpreter(file, chosen, least):
     assert passed and int(passed[1]) >= least and "skipped" not in done.stdout, done.stdout
 
 
+TENSORS = ["q", "k", "v", "out", "grad_out", "dq", "dk", "dv"]
 TYPES = {
-    **dict.fromkeys(["q", "k", "v", "out", "grad_out", "dq", "dk", "dv"], "*bf16"),
     **dict.fromkeys(["lse", "delta"], "*fp32"),
     **dict.fromkeys(["subtree_end", "depth", "same_value"], "*i64"),
     **dict.fromkeys(["rows", "tiles"], "*i32"),
@@ -51,26 +51,33 @@ TYPES = {
 }
 
 
+USUAL = 128, 2
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
-def test_kernels_compile_for_hopper(kernel, masked):
+@pytest.mark.parametrize(
+    "size, itemsize", [pytest.param(*key, marks=[] if key == USUAL else pytest.mark.slow) for key in TILINGS]
+)
+def test_kernels_compile_for_hopper(size, itemsize, kernel, masked):
     """Compiled code has types where interpreted code has Python's values, and a limit on shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from pgcompile.engines import triton_kernels
 
-    tiling = getattr(TILINGS[128, 2], kernel)
-    constants = dict(HEADS=32, GROUP=4, D=128, E=96, PADDED_D=128, PADDED_E=128, NUM_SAME=2 if masked else 0)
-    constants.update(BLOCK_Q=tiling.block_q, BLOCK_K=tiling.block_k)
+    tiling = getattr(TILINGS[size, itemsize], kernel)
+    constants = dict(HEADS=32, GROUP=4, D=size, E=size - 32, PADDED_D=size, PADDED_E=size)
+    constants.update(NUM_SAME=2 if masked else 0, BLOCK_Q=tiling.block_q, BLOCK_K=tiling.block_k)
     if not masked:
         constants.update(key_valid=None, same_value=None, window=None, softcap=None)
     function = getattr(triton_kernels, f"{kernel}_kernel")
+    types = TYPES | dict.fromkeys(TENSORS, "*bf16" if itemsize == 2 else "*fp32")
     signature = {
-        name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in function.arg_names
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names
     }
     source = ASTSource(function, signature, {(function.arg_names.index(n),): c for n, c in constants.items()})
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= 227 * 1024  # what a block may have on an H100
-    assert "wgmma" in compiled.asm["ptx"]
+    assert "wgmma" in compiled.asm["ptx"] or (size, itemsize) != USUAL

@@ -64,7 +64,7 @@ POSITIONS_FROM_MASK = {"opt"}
 def build(name: str, **overrides) -> nn.Module:
     """A float64 model in training mode, with noise on every parameter (norm weights and biases too)."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, vocab_size=VOCAB, **TOKENS, **(CONFIGS[name] | overrides))
+    config = AutoConfig.for_model(name, **dict(vocab_size=VOCAB) | TOKENS | CONFIGS[name] | overrides)
     model = rewire(AutoModelForCausalLM.from_config(config).train())
     # transformers doesn't find it from the class name of GPT-2, and says so in every forward, which breaks the graph.
     model.loss_type = "ForCausalLM"

@@ -117,7 +117,7 @@ class BlockLists:
     def of(
         row_L: np.ndarray, tile_L: np.ndarray, full_L: np.ndarray, rows: int, device: torch.device
     ) -> BlockLists:
-        order = np.lexsort((full_L, row_L))  # stable: tiles stay in order
+        order = stable_order(2 * row_L + full_L, 2 * rows)  # tiles stay in order
         partial = np.bincount(row_L[~full_L], minlength=rows)
         length = np.bincount(row_L, minlength=rows)
         end = np.cumsum(length)
@@ -126,6 +126,11 @@ class BlockLists:
         flat = np.concatenate([table_R4.ravel(), tile_L[order]]).astype(np.int32)
         flat_L = to_device(torch.from_numpy(flat), device)
         return BlockLists(flat_L[: 4 * rows].view(rows, 4), flat_L[4 * rows :])
+
+
+def stable_order(key_L: np.ndarray, limit: int) -> np.ndarray:
+    """What sorts keys from 0 to `limit`: in linear time where they fit into 16 bits, by which numpy sorts by radix."""
+    return np.argsort(key_L.astype(np.min_scalar_type(limit)), kind="stable")
 
 
 def key_lists(

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .common import merge_, result, with_adjacent_columns, with_positive_scale
 from .contract import Scores, TreeMask
 from .per_plan import once_per_plan
-from .split import merge_, result, with_adjacent_columns, with_positive_scale
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..modes import numerics
 from ..symbolic import dynamic_size
-from .blocks import Pairs
+from .blocks import Pairs, stable_order
+from .common import result
 from .contract import Scores, TreeMask
 from .per_plan import once_per_plan, to_device
-from .split import result
 from .triton import why_no_triton
 
 # Tokens of a block, FlexAttention's own default.
@@ -250,7 +251,7 @@ def block_lists(
 
 def _table(row_L: np.ndarray, tile_L: np.ndarray, rows: int) -> tuple[Tensor, Tensor]:
     """How many tiles each row has, and which, in ascending order; behind them, zeros. Both int32."""
-    order_L = np.lexsort((tile_L, row_L))
+    order_L = stable_order(row_L, rows)  # pairs come ordered, so each row's tiles are
     count_B = np.bincount(row_L, minlength=rows)
     place_L = np.arange(len(row_L)) - np.repeat(np.cumsum(count_B) - count_B, count_B)
     index_BB = np.zeros((rows, rows), dtype=np.int32)
@@ -267,7 +268,7 @@ def run(function: Callable[..., Any], formula: Formula, arguments: Sequence[Argu
     """`function(formula, *tensors)`, compiled once for all T."""
     from torch._dynamo.convert_frame import compile_lock
 
-    key = function, formula, tuple(_signature(*argument) for argument in arguments)
+    key = function, formula, tuple(_signature(*argument) for argument in arguments), numerics()
     if key not in _compiled:
         with compile_lock, torch.no_grad():
             if key not in _compiled:

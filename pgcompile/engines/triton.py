@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import blocks
+from .common import with_adjacent_columns
 from .contract import Scores, TreeMask
-from .split import with_adjacent_columns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from . import flash_kernels, reference
+from .common import merge_, result, with_positive_scale
 from .contract import Scores, TreeMask
 from .flash_kernels import CAUSAL, EVERYTHING, Call, Tokens
 from .per_plan import once_per_plan, to_device
-from .split import merge_, result, with_positive_scale
 
 # The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
 # at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
