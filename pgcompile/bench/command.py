@@ -6,6 +6,7 @@ import datetime
 import difflib
 import importlib.util
 import logging
+import math
 import shlex
 import time
 import warnings
@@ -30,9 +31,9 @@ from .cases import GRIDS, Case, group_case, tree_case
 from .contestants import CONTESTANTS
 from .machine import describe, keep_freed_memory, limited_memory
 from .measure import measure
-from .models import SIZES, Model, build_model, count_work
+from .models import SIZES, Model, ModelWork, build_model, count_work
 from .page import page, read_notes
-from .plot import check_format, draw
+from .plot import check_format, draw, is_drawn
 from .results import OURS, Record, read, write
 from .table import headline, reasons, terminal_tables
 
@@ -165,8 +166,12 @@ def bench(**given: Any) -> None:
         raise click.UsageError("--test-batches belongs to --calibrate")
     if files:
         records = [record for file in files for record in read(file)]
+        _tell_reasons(records, console)
     else:
-        records, code = _measure_all(_plan(given), given, console)
+        plan = _plan(given)
+        if given["picture"] is not None and not any(is_drawn(vars(case)) for case in plan.cases):
+            raise click.UsageError("--plot draws prompts with answers of one length, which no case here has")
+        records, code = _measure_all(plan, given, console)
     if not records:
         console.print("no records")
     else:
@@ -190,9 +195,11 @@ def _measure_all(plan: _Plan, given: dict[str, Any], console: Console) -> tuple[
     kept = {case.name: record for case, record in found if not (given["retry"] and record.failed)}
     _tell_reasons(kept.values(), console)
     left = [case for case in plan.cases if case.name not in kept]
+    if kept:
+        console.print(f"{len(kept)} of {len(plan.cases)} cases are in {file}", soft_wrap=True)
     why, code = "the budget is spent", CASES_ARE_LEFT
     try:
-        for case, record in _measured(left, plan, given, console) if left else ():
+        for case, record in _measured(left, kept.values(), plan, given, console) if left else ():
             kept[case.name] = record
             if file is not None:
                 known = [r for r in known if not r.has(case, (), plan.settings, plan.machine)] + [record]
@@ -201,33 +208,41 @@ def _measure_all(plan: _Plan, given: dict[str, Any], console: Console) -> tuple[
         why, code = "interrupted", 130
     missing = len(plan.cases) - len(kept)
     if missing:
-        where = f"; the same command goes on, {file} has the others" if file is not None else ""
+        where = f"; the same command goes on, {file} has the others" if file is not None and kept else ""
         console.print(f"{why}: {missing} case{'s' * (missing > 1)} left{where}", soft_wrap=True)
     return [kept[case.name] for case in plan.cases if case.name in kept], code if missing else 0
 
 
 def _measured(
-    cases: Sequence[Case], plan: _Plan, given: dict[str, Any], console: Console
+    cases: Sequence[Case], known: Iterable[Record], plan: _Plan, given: dict[str, Any], console: Console
 ) -> Iterator[tuple[Case, Record]]:
-    """Measure one after the other, as far as the budget goes."""
+    """Measure one after the other, as far as the budget goes, by the time that the known ones took."""
     started = time.monotonic()
     chosen = {name: CONTESTANTS[name] for name in plan.names}
     longest = max(case.most_tokens for case in plan.cases)
     with _model_of(longest, given) as model, _progress(console) as progress:
         work = count_work(model)
-        # by tokens, which says more about the time left than the number of cases
-        task = progress.add_task(
-            "", total=sum(case.most_rows * case.most_tokens for case in cases), number=""
-        )
-        measured_tokens, measured_seconds = 0, 0.0
+        work_of = {case.name: _most_work(case, work, plan.settings["phase"]) for case in plan.cases}
+        smallest = min(cases, key=lambda case: work_of[case.name])
+        # by work, which says more about the time left than the number of cases
+        task = progress.add_task("", total=sum(work_of[case.name] for case in cases), number="")
+        earlier = [record for record in known if record.took]
+        measured = list(earlier)
         for number, case in enumerate(cases, 1):
-            tokens, begun = case.most_rows * case.most_tokens, time.monotonic()
-            expected = measured_seconds / measured_tokens * tokens if measured_tokens else 0.0
-            if given["budget_seconds"] is not None and begun - started + expected > given["budget_seconds"]:
-                continue  # a smaller one may end in time
+            begun = time.monotonic()
+            rate = sum(r.took for r in measured) / max(1, sum(work_of[r.name] for r in measured))
+            left = (
+                math.inf if given["budget_seconds"] is None else given["budget_seconds"] - (begun - started)
+            )
+            # a smaller one may end in time; if none does, the smallest is begun, or the same command would never go on
+            must_begin = case is smallest and len(measured) == len(earlier)
+            if left < (0 if must_begin else rate * work_of[case.name]):
+                continue
 
             def tell(text: str, name: str = case.name, number: int = number) -> None:
                 progress.update(task, description=f"{name}: {text}", number=f"{number}/{len(cases)}")
+                if not console.is_terminal and "step" not in text:  # a log shows no bar
+                    click.echo(f"{name}: {text}", err=True)
 
             record = measure(
                 case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options,
@@ -238,13 +253,21 @@ def _measured(
             _tell_reasons([record], console)
             if len(cases) > 1:
                 console.print(headline(record), markup=False, soft_wrap=True)
-            progress.advance(task, tokens)
-            compiling = sum(
-                row.compile_seconds or 0.0 for row in record.rows
-            )  # which the next ones may not need
-            measured_tokens += tokens
-            measured_seconds += max(time.monotonic() - begun - compiling, 0.0)
+            progress.advance(task, work_of[case.name])
+            # the next ones may need none of this
+            compiling = sum(row.compile_seconds or 0.0 for row in record.rows)
+            record.took = max(time.monotonic() - begun - compiling, 0.0)
+            measured.append(record)
             yield case, record
+
+
+def _most_work(case: Case, work: ModelWork, phase: str) -> int:
+    """Of its rows, as if none were padded; backward is twice forward."""
+    rows, positions = case.most_rows, case.most_tokens
+    forward = work.of(
+        rows * positions, rows * positions * (positions + 1) // 2, rows * (case.answer or positions)
+    )
+    return forward * (3 if (case.phase or phase) == "step" else 1)
 
 
 def _tell_reasons(records: Iterable[Record], console: Console) -> None:

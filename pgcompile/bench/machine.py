@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from ..calibration import processor
 
@@ -28,14 +30,21 @@ PACKAGES = ("torch", "transformers", "triton", "trl", "prefix_grouper")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, processor, threads, Python and versions."""
+    """Device, processor, threads, Python and versions; of a GPU, whose kernels dense attention runs."""
     found = {name: installed_version(name) for name in PACKAGES}
     versions = {"pgcompile": _own_version()} | {name: v for name, v in found.items() if v is not None}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {
+    machine = {
         "device": name, "processor": processor(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "versions": versions,
     }  # fmt: skip
+    return machine | ({"sdpa": _dense_attention(device)} if device.type == "cuda" else {})
+
+
+def _dense_attention(device: torch.device) -> str:
+    """What scaled_dot_product_attention takes for a usual head in bfloat16; kernels differ much in speed."""
+    q = torch.empty(1, 8, 1024, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
 
 
 def peak_rate(device_name: str, dtype: str) -> float | None:
@@ -138,6 +147,13 @@ def peak_memory(device: torch.device, step: Callable[[], object]) -> int:
         level += change
         highest = max(highest, level)
     return highest
+
+
+def free_memory() -> None:
+    """Give back what a model that is gone, or an exception's frames, held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ from ..stats import stats
 from .agreement import Outcome, Yardstick
 from .cases import Batch, Case, build
 from .contestants import Contestant, Run, Setup
-from .machine import is_out_of_memory, peak_memory, synchronize
+from .machine import free_memory, is_out_of_memory, peak_memory, synchronize
 from .models import Model, ModelWork
 from .results import Record, Row
 
@@ -114,7 +113,7 @@ def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: 
     truth = Row("the truth")
     with _judged(truth):
         yardstick = Yardstick.of(model, batch, phase)
-    _free()
+    free_memory()
     if truth.status != "measured":
         for runner in runners:
             if runner.is_running:
@@ -137,6 +136,8 @@ def _check_first_call(runner: Runner, model: Model, phase: str, yardstick: Yards
     reason, row.errors = yardstick.why_wrong(Outcome(logprobs, gradients))
     if reason is not None:
         row.status, row.reason = "wrong", reason
+        if row.name == "dense":
+            row.reason += "; the truth is computed row by row: do this model's rows depend on each other?"
 
 
 def timed(runner: Runner, model: Model, phase: str) -> tuple[float, Tensor]:
@@ -170,13 +171,6 @@ def _clear(model: Model) -> None:
     model.module.zero_grad(set_to_none=True)
 
 
-def _free() -> None:
-    """Give back what the truth's model, or an exception's frames, held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 @contextmanager
 def _judged(row: Row) -> Iterator[None]:
     """What a contestant raises becomes its status; others go on."""
@@ -188,7 +182,7 @@ def _judged(row: Row) -> Iterator[None]:
         row.reason = f"{type(error).__name__}: {text}"[:300]
         row.seconds = []
     if row.status != "measured":
-        _free()
+        free_memory()
 
 
 def _take_reports(runner: Runner) -> None:
@@ -200,7 +194,7 @@ def _take_reports(runner: Runner) -> None:
         runner.row.packing = {
             "decision": last.decision, "tokens": last.packed_tokens, "segments": last.segments, "depth": last.depth,
             "saving": last.saving, "head_chunks": last.head_chunks,
-            "engines": list(dict.fromkeys(a.engine for g in graphs for a in g.attention)),
+            "engines": list(last.engines),
         }  # fmt: skip
     elif graphs:
         reasons = [str(reason) for g in graphs for reason in g.fallbacks]

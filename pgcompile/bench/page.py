@@ -23,20 +23,22 @@ PAGE = """# Performance
 Written by `{command}`.
 
 A step is the forward and backward pass of a loss over the answers' log-probabilities, each times its row's advantage;
-logits are computed for the answers only, and the optimizer isn't included. Weights are random. Contestants take turns
-in one process, after each has been checked: its log-probabilities and gradients are no further from those of the dense
-model in higher precision than twice what dense eager is. What differs more gets no figure. Each turn has other tokens,
-with the same common prefixes: as in training, every step finds out anew what is shared.
+logits are computed for the answers only, and the optimizer isn't included. Where *forward* stands behind a case, it is
+the forward pass alone, under `no_grad`. Weights are random. Contestants take turns in one process, after each has been
+checked: its log-probabilities and gradients are no further from those of the dense model in higher precision than twice
+what dense eager is. What differs more gets no figure. Each turn has other tokens, with the same common prefixes: as in
+training, every step finds out anew what is shared.
 
-*speed-up*: over the fastest dense contestant (`dense`, eager, and `dense-compiled`, inductor), on SDPA's causal fast
-path and without a mask.
+*speed-up*: over the faster of those dense contestants that are listed (`dense` is eager, `dense-compiled` inductor), on
+SDPA's causal fast path and without a mask.
 *ideal*: the operations of the dense batch (linear layers by tokens, logits by predictions, attention by query-key
 pairs) over those of its distinct tokens. *efficiency*: speed-up over ideal. *peak memory*: above what was allocated
 before the step; *of dense*: of the leaner dense contestant's; *of ideal*: of what that one needs for a batch of as
 many tokens and predictions as are distinct, which shares nothing. *MFU*: operations of what the contestant computes
 (distinct tokens, unless it is dense) over what the device could do in that time. *compile*: the first call less the
-median of the others. *planning*: share of pgcompile's step in which it finds what is shared; it is part of the step.
-pgcompile's version ends in a digest of its sources.
+median of the others, with inductor's cache on the disk as it was; next to nothing where a case before this one, in the
+same process, has compiled the graph. *planning*: share of pgcompile's step in which it finds what is shared; it is part
+of the step. pgcompile's version ends in a digest of its sources.
 """
 
 
@@ -59,6 +61,8 @@ def page(records: Sequence[Record], notes: Mapping[str, str], command: str) -> s
 def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
     machine, settings = records[0].machine, records[0].settings
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    if "sdpa" in machine:
+        versions += f"; SDPA's choice for bfloat16 heads of 128: {machine['sdpa']}"
     where = (
         machine["processor"]
         if machine["device"] == "CPU"
@@ -69,7 +73,7 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
     commands = list(dict.fromkeys(record.command for record in records))
     lines = [
         f"## {settings['model']}{layers}, {settings['dtype']}, {machine['device']}", "",
-        f"{where}, {machine['threads']} threads, Python {machine['python']}, {versions}; "
+        f"{where}, {_count(machine['threads'], 'thread')}, Python {machine['python']}, {versions}; "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {_timed_steps(records)} of each.", "",
         "```sh", *commands, "```", "",
     ]  # fmt: skip
@@ -91,7 +95,11 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
 def _timed_steps(records: Sequence[Record]) -> str:
     counts = [len(row.seconds) for record in records for row in record.rows if row.median is not None] or [0]
     fewest, most = min(counts), max(counts)
-    return f"{fewest}{f' to {most}' * (most > fewest)} timed step{'s' * (most != 1)}"
+    return f"{f'{fewest} to ' * (most > fewest)}{_count(most, 'timed step')}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _below(record: Record, notes: Mapping[str, str]) -> str | None:

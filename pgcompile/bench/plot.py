@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
     Raises:
         click.ClickException: if there is nothing to draw.
     """
-    drawn = sorted(filter(_is_drawn, records), key=_ratio)
+    drawn = sorted((r for r in records if is_drawn(r.case) and r.speedup(r.ours) is not None), key=_ratio)
     if not drawn:
         raise click.ClickException(
             "nothing to draw: no case with a prompt and answers of one length was measured"
@@ -55,14 +55,14 @@ def draw(records: Sequence[Record], path: Path) -> None:
             style: dict[str, Any] = dict(color=colors(i / max(len(groups), 2)))
             ratio = list(map(_ratio, line))
             speed.plot(ratio, [r.speedup(r.ours) for r in line], "o-", label=f"G = {group}", **style)
-            speed.plot(ratio, [r.ideal for r in line], "--", linewidth=1, **style)
-            memory.plot(ratio, [r.memory_ratio(r.ours) for r in line], "o-", **style)
+            speed.plot(ratio, [r.ideal for r in line], "_--", linewidth=1, **style)
+            memory.plot(ratio, [r.memory_ratio(r.ours) for r in line], "o-", clip_on=False, **style)
         speed.set(title=f"P = {prompt}", xscale="log", yscale="log")
         memory.set(xlabel="P / R", ylim=(0, None))
         ticks = sorted({r.case["prompt"] // r.case["answer"] for r in drawn})
         speed.set_xticks(ticks, ticks)
         speed.minorticks_off()
-    heights = [1, 1.5, 2, 3, 4, 6, 8, 12, 16]
+    heights = [0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16]
     panels[0, 0].set_yticks(heights, heights)
     panels[0, 0].set(ylabel="speed-up; dashed: ideal")
     panels[1, 0].set(ylabel="peak memory, share of dense")
@@ -78,7 +78,6 @@ def _ratio(record: Record) -> float:
     return record.case["prompt"] / record.case["answer"]
 
 
-def _is_drawn(record: Record) -> bool:
-    case = record.case
-    shape = case["prompt"] and case["answer"] and case["shortest"] is None and case["tree"] is None
-    return bool(shape) and record.speedup(record.ours) is not None
+def is_drawn(case: Mapping[str, Any]) -> bool:
+    """Does a case have a prompt and answers of one length?"""
+    return bool(case["prompt"] and case["answer"]) and case["shortest"] is None and case["tree"] is None

@@ -72,6 +72,7 @@ class Record:
         tokens, operations: of the dense batch, of its tokens without padding, and of distinct ones. Operations are
             those of linear layers and attention, forward (and backward, twice as many, in a step).
         settings: what of the command line has an influence on figures.
+        took: seconds of measuring all rows, less what they compiled.
     """
 
     case: dict[str, Any]
@@ -83,6 +84,7 @@ class Record:
     machine: dict[str, Any] = field(default_factory=dict)
     date: str = ""
     command: str = ""
+    took: float = 0.0
 
     @classmethod
     def of(cls, case: Case, batch: Batch, work: ModelWork, phase: str) -> Record:
