@@ -28,7 +28,7 @@ from .chunks import Lookup, chunk_size, number_of_chunks, run_head
 from .columns import DenseCall, batch_sizes, rows_first
 from .cost import Cost, Speed, count_work, saved_work, why_not_worth_it
 from .engines import Scores
-from .engines.choose import choose_for_heads
+from .engines.choose import choose_for_heads, engines_used
 from .errors import backward_failures, belongs_to_caller
 from .generation import compiled_module, keep_generation_out
 from .inner import DenseGraph, Family, compiled_packed, compiling, family_of
@@ -203,7 +203,8 @@ class PackedCall:
         try:
             run = self._compiled(plan, report)
             lookups = self._lookups(args, results, plan, report.head_chunks)
-            packed = run(*inputs)
+            with engines_used() as report.engines:
+                packed = run(*inputs)
             if self.graphs.head is not None and report.head_chunks:
                 tokens = self._head_tokens(plan)
                 packed = run_head(self.graphs.head, packed, inputs, lookups, tokens, report.head_chunks)
@@ -244,7 +245,8 @@ class PackedCall:
             plan = build_plan(self.graphs, results, self.options.min_saving == 0, self.trees)
         report.valid_tokens, report.packed_tokens = plan.valid_tokens, plan.tokens
         report.kept_padding = plan.kept_padding
-        report.segments, report.depth = plan.tree.num_segments, plan.tree.max_segment_depth
+        tree = plan.packed.tree
+        report.segments, report.depth = tree.num_segments, tree.max_segment_depth
         report.dense_pairs, report.packed_pairs = plan.dense_pairs, plan.packed_pairs
         report.work = self.cost.dense(plan), self.cost.packed(plan)
         report.saving = saved_work(*report.work)
@@ -272,7 +274,7 @@ class PackedCall:
             return self.eager_packed
         graphs = self.graphs
         if graphs.head is not None:
-            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.class_of.device)
+            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.packed.device)
             if report.head_chunks:
                 graphs = replace(graphs, packed=graphs.head.trunk)
         key = modes(), report.head_chunks > 0
@@ -307,14 +309,15 @@ class PackedCall:
         if spec.kind == "column":
             return pack_column(results[spec.index], spec.dims, plan)
         if spec.kind == "data_mask":
-            return plan.data_valid[spec.index][plan.row, plan.position]
+            return plan.data_valid[spec.index][plan.packed.row, plan.packed.position]
         if spec.kind == "hides":
             return plan.hides[spec.index]
         if spec.kind == "scored":
             assert plan.scored is not None
             return plan.scored.index
+        tree = plan.packed
         return {
-            "subtree_end": plan.subtree_end, "depth": plan.depth, "segments": plan.segments, "positions": plan.position,
+            "subtree_end": tree.subtree_end, "depth": tree.depth, "segments": tree.segments, "positions": tree.position,
         }[spec.kind]  # fmt: skip
 
     def _late(self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any], plan: Plan) -> Any:
@@ -337,8 +340,8 @@ class PackedCall:
             "argument": args,
             "prologue": results,
             "packed": packed,
-            "class_of": (plan.class_of,),
-            "token_of": (plan.token_of,),
+            "class_of": (plan.packed.class_of,),
+            "token_of": (plan.packed.token_of,),
         }
         if plan.scored is not None:
             sources |= {
@@ -360,6 +363,7 @@ class PackedCall:
     ) -> Any:
         reason = FallbackReason.of(Unsupported(kind, None, text))
         report.decision, report.why = "dense", describe([reason]).strip()
+        report.engines, report.head_chunks = {}, 0  # a failure may have come behind them
         self._collect(report)
         outputs = self.dense(*args)  # first: if the call itself is wrong, it should say so in its own words
         stats.count(dense=1)
@@ -382,8 +386,8 @@ def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
     """A dense column at the representatives: its rows get size 1, its positions size T, its other dims stay."""
     factors = {f for dim in dims for f in dim}
     if ROW not in factors and (POSITION,) in dims:
-        return value.index_select(dims.index((POSITION,)), plan.position)
-    packed = rows_first(value, dims, plan.rows, plan.positions)[plan.row, plan.position]
+        return value.index_select(dims.index((POSITION,)), plan.packed.position)
+    packed = rows_first(value, dims, plan.rows, plan.positions)[plan.packed.row, plan.packed.position]
     holder = POSITION if POSITION in factors else ROW
     rest = iter(range(1, packed.dim()))
     order: list[int] = []

@@ -16,20 +16,21 @@ from torch.utils.checkpoint import checkpoint
 from .passes.packed_graphs import Head
 from .passes.unpack import Gathered
 
-# Above this size, [T, V] runs in chunks of another one. Each chunk reads the weight and adds to its gradient, which has
-# to be little beside what its tokens cost: that takes larger chunks on a GPU, a share of its memory (not yet measured).
-WHOLE_BYTES = 1 << 30
-CHUNK_BYTES = 1 << 26
-GPU_SHARE = 64
+# Above WHOLE_BYTES, [T, V] runs in chunks of CHUNK_BYTES. Each chunk reads the weight and adds to its gradient, which
+# has to be little beside its tokens' work, and runs uncompiled, twice. So on a GPU both are larger, shares of its
+# memory (not yet measured): whole, the head takes about four times the size of [T, V] in half precision.
+WHOLE_BYTES, CHUNK_BYTES = 1 << 30, 1 << 26
+GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 32, 64
 
 
 def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
     """0 where the head runs whole."""
     nbytes = tokens * head.width * head.itemsize
-    chunk = CHUNK_BYTES
+    whole, chunk = WHOLE_BYTES, CHUNK_BYTES
     if device.type == "cuda":
-        chunk = max(chunk, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
-    return -(-nbytes // chunk) if nbytes > max(WHOLE_BYTES, chunk) else 0
+        memory = torch.cuda.get_device_properties(device).total_memory
+        whole, chunk = max(whole, memory // GPU_WHOLE_SHARE), max(chunk, memory // GPU_CHUNK_SHARE)
+    return -(-nbytes // chunk) if nbytes > whole else 0
 
 
 def run_head(

@@ -6,16 +6,13 @@
 
 Each has a schema, one implementation for CPU and CUDA, a fake for tracing (no size is baked in) and an
 autograd formula whose backward is an operator too, so that ahead-of-time autograd keeps both whole. The
-gathers are operators of our own because their backward sums: hundreds of copies of a shared token add up in
-float32 (float64 for float64), in an order that is the same in every run, and are rounded once. `x[index]` in
-bfloat16 gave 256 for 512 copies of gradient 1.
+gathers are operators of our own because their backward sums: see copies.py.
 
 Shapes by suffix: T packed tokens, H query heads, K key heads, D size of a query or key head, E size of a
 value head, M copies (segments in `segments_M5`), V vocabulary, N entries per copy.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,15 +20,11 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from .copies import add_copies, segment_sums_of, sum_dtype
 from .engines import Scores, TreeMask
 from .engines.choose import engine_for
 from .engines.reference import compute_dtype, finite
 from .errors import raises_engine_error
-
-# Elements of the float32 temporaries when a half-precision gradient is summed: 128 MiB, a slice of columns
-# large enough that launching kernels costs nothing, and small beside the activations of a training step.
-SUM_ELEMENTS = 1 << 25
-
 
 # prefix_attention
 
@@ -243,59 +236,7 @@ def _gather_tokens(x: Tensor, index_M: Tensor) -> Tensor:
 @raises_engine_error
 def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> Tensor:
     """Sum of the gradients of each token's copies, `[T, ...]`: deterministic, in float32, cast once."""
-    grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
-    copies, columns = grad_MC.shape
-    segment_sums = _segment_sums(index_M, num_tokens, _sum_dtype(grad))
-    if grad.is_cpu and grad.dtype == _sum_dtype(grad):  # nothing is copied
-        out_TC = segment_sums(grad_MC)
-    else:
-        out_TC = grad.new_empty(num_tokens, columns)
-        step = max(1, SUM_ELEMENTS // (copies + num_tokens + 1))
-        for start in range(0, columns, step):
-            out_TC[:, start : start + step] = segment_sums(grad_MC[:, start : start + step])
-    return out_TC.view(num_tokens, *grad.shape[1:])
-
-
-def _sum_dtype(grad: Tensor) -> torch.dtype:
-    """What copies are added in: float32 for half precision, else the gradient's own dtype (complex ones too)."""
-    return torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
-
-
-def _segment_sums(row_M: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Of values `[M, C]`: `out[r] = sum of values[m] where row[m] = r`, in `dtype`, bit-equal in every run.
-
-    Row -1 is left out. On CPU index_add_ adds each row's copies in a fixed order; on CUDA it uses atomics.
-    """
-    by_row = row_M.is_cpu or row_M.numel() == 0
-    return (_segment_sums_by_row if by_row else _segment_sums_in_order)(row_M, rows, dtype)
-
-
-def _segment_sums_by_row(row_M: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    row_M = torch.where(row_M < 0, rows, row_M)  # a last row, which is cut off
-
-    def sums(values_MC: Tensor) -> Tensor:
-        out_RC = values_MC.new_zeros(rows + 1, values_MC.shape[1], dtype=dtype)
-        return out_RC.index_add_(0, row_M, values_MC.to(dtype))[:rows]
-
-    return sums
-
-
-def _segment_sums_in_order(row_M: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Sorted by row once, added up by a thread for each column of each row: no atomics, and no host sync.
-
-    (index_put_ would sort for each call, and add a row's copies one after the other for all columns; row -1's, too.)
-    """
-    row_M, order_M = row_M.sort(stable=True)
-    edges = torch.searchsorted(row_M, torch.arange(rows + 1, device=row_M.device))
-
-    def sums(values_MC: Tensor) -> Tensor:
-        ordered_MC = values_MC[order_M].to(dtype)
-        if dtype.is_complex:
-            ordered_MC = torch.view_as_real(ordered_MC.resolve_conj())
-        out_RC = torch.segment_reduce(ordered_MC, "sum", offsets=edges, unsafe=True)
-        return torch.view_as_complex(out_RC) if dtype.is_complex else out_RC
-
-    return sums
+    return add_copies(grad, segment_sums_of(index_M, num_tokens, sum_dtype(grad)), num_tokens)
 
 
 def _gather_tokens_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -343,17 +284,16 @@ def _gather_entries_backward(
     Only M x N entries are held in float32: a dense float32 accumulator would be twice the gradient itself.
     """
     size = num_tokens * vocab
-    if grad_MN.is_cpu and _sum_dtype(grad_MN) == grad_MN.dtype:  # no wider sums needed: no sort either
-        entry = torch.where((index_M < 0)[:, None], -1, index_M[:, None] * vocab + column_MN)
-        segment_sums = _segment_sums(entry.flatten(), size, grad_MN.dtype)
+    entry = torch.where((index_M < 0)[:, None], -1, index_M[:, None] * vocab + column_MN).flatten()
+    if grad_MN.is_cpu and sum_dtype(grad_MN) == grad_MN.dtype:  # no wider sums needed: no sort either
+        segment_sums = segment_sums_of(entry, size, grad_MN.dtype)
         return segment_sums(grad_MN.reshape(-1, 1)).view(num_tokens, vocab)
-    entry = torch.where((index_M < 0)[:, None], size, index_M[:, None] * vocab + column_MN).flatten()
     entry, order = entry.sort(stable=True)
     is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0
-    rank = torch.where(entry == size, -1, is_first.cumsum(0) - 1)  # of the entry among the distinct ones
-    segment_sums = _segment_sums(rank, rank.shape[0], _sum_dtype(grad_MN))
+    rank = is_first.cumsum(0) - 1  # of the entry among the distinct ones; of holes, which come first, -1
+    segment_sums = segment_sums_of(rank, rank.shape[0], sum_dtype(grad_MN))
     sums = segment_sums(grad_MN.flatten()[order, None]).flatten()
-    out = grad_MN.new_zeros(size + 1)  # holes write to a last entry that is cut off
+    out = grad_MN.new_zeros(size + 1)  # holes write to the last entry, which is cut off
     out[entry] = sums[rank].to(out.dtype)  # copies of one entry all write the same sum
     return out[:size].view(num_tokens, vocab)
 

@@ -1,8 +1,9 @@
 """The prefix tree of a batch with its tensors, and those of batches seen before.
 
 A policy, its old version and a reference model look at one batch, and epochs come back to it. A tree depends on the
-codes of the tokens alone (see `encode_columns`), so graphs share one wherever these are equal, byte for byte. Each
-graph holds the latest ones that it used; a weak set finds them, so a tree goes when the last of its graphs does.
+codes of the tokens alone (see `encode_columns`), so graphs on one stream share it wherever these are equal, byte for
+byte. Each graph holds the latest ones that it used; a weak set finds them, so a tree goes when the last of its graphs
+does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .engines.per_plan import to_device
 from .prefix_tree import CodeArray, IntArray, PrefixTree, build_prefix_tree
 
 # What one graph holds: enough for a few epochs over a step's micro-batches; in bytes, ten of 64 rows of 2048 tokens.
@@ -38,16 +40,17 @@ class PackedTree:
         row, position: int64 [T], where each packed token's representative stands.
         subtree_end, depth: int64 [T]; token k is an ancestor of q (or q) iff `k <= q < subtree_end[k]`.
         segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
+        stream: where the copies to the device run, and everything that uses them.
     """
 
     def __init__(
         self, codes: CodeArray, first: IntArray, end: IntArray, min_shared: int, device: torch.device
     ) -> None:
         def move(a: IntArray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(a)).to(device)
+            return to_device(torch.from_numpy(np.ascontiguousarray(a)), device)
 
         self.codes, self.first, self.end = codes, first, end
-        self.min_shared, self.device = min_shared, device
+        self.min_shared, self.device, self.stream = min_shared, device, _stream_of(device)
         self.tree: PrefixTree = build_prefix_tree(codes, first, end, min_shared)
         with torch.inference_mode(False):  # or training couldn't save them for its backward pass
             self.class_of, self.row, self.position = map(
@@ -66,14 +69,19 @@ class PackedTree:
     def is_for(
         self, codes: CodeArray, first: IntArray, end: IntArray, min_shared: int, device: torch.device
     ) -> bool:
-        """Would these arguments build the same?"""
+        """Would these arguments build the same, for the same stream?"""
         return (
             (self.min_shared, self.device, self.codes.shape) == (min_shared, device, codes.shape)
+            and self.stream == _stream_of(device)  # another one would have to wait for the copies
             and np.array_equal(self.first, first)
             and np.array_equal(self.end, end)
             and np.array_equal(self.codes[:1], codes[:1])  # another batch mostly differs here already
             and np.array_equal(self.codes, codes)
         )
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 _known: weakref.WeakSet[PackedTree] = weakref.WeakSet()

@@ -23,10 +23,10 @@ from .columns import (
     read_columns,
     select_map,
 )
-from .packed_tree import PackedTrees
+from .packed_tree import PackedTree, PackedTrees
 from .passes.layout import POSITION, ROW, TokenLayout, is_token_factor
 from .passes.packed_graphs import PackedGraphs
-from .prefix_tree import PrefixTree, encode_columns
+from .prefix_tree import encode_columns
 from .scored import Scored, find_scored
 
 # A branch makes every engine handle a segment more; measured on CPU that costs about as much as 16 tokens.
@@ -39,12 +39,7 @@ class Plan:
 
     Args:
         rows, positions: N and S.
-        tree: the prefix tree (numpy, on the host).
-        class_of: int64 [N, S], packed index of each token, -1 where dropped, on the batch's device.
-        token_of: the same, with any token where one was dropped.
-        row, position: int64 [T], where each packed token's representative stands.
-        subtree_end, depth: int64 [T]; token k is an ancestor of q (or q) iff `k <= q < subtree_end[k]`.
-        segments: int64 [M, 5] on the host: start, end, subtree end, depth, parent.
+        packed: the prefix tree and its tensors, on the batch's device.
         scored: the tokens that the head is computed for, if that aren't all.
         hides: for each of `PackedGraphs.mask_columns`, on the host, bool [2]: does `key_valid` hide a token that wasn't
             dropped, and does `same_value` hide one in a token's own row?
@@ -57,14 +52,7 @@ class Plan:
 
     rows: int
     positions: int
-    tree: PrefixTree
-    class_of: Tensor
-    token_of: Tensor
-    row: Tensor
-    position: Tensor
-    subtree_end: Tensor
-    depth: Tensor
-    segments: Tensor
+    packed: PackedTree
     scored: Scored | None
     hides: list[Tensor]
     data_valid: list[Tensor]
@@ -76,7 +64,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return self.tree.tokens
+        return self.packed.tree.tokens
 
     @property
     def dense_tokens(self) -> int:
@@ -112,9 +100,7 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, 
     holes = {group: kept & ~v for group, v in zip(key_groups(graphs), columns.valid, strict=True)}
     _refuse_masks(graphs, columns, kept, holes)
     plan = Plan(
-        n, s, packed.tree, packed.class_of, packed.token_of, packed.row, packed.position, packed.subtree_end,
-        packed.depth, packed.segments, find_scored(graphs, results, packed), _hides(graphs, columns, kept, holes),
-        data_valid,
+        n, s, packed, find_scored(graphs, results, packed), _hides(graphs, columns, kept, holes), data_valid,
         valid_tokens=int((end - first).sum()),
         dense_pairs=n * s * (s + 1) // 2,
         packed_pairs=int((packed.tree.depth + 1).sum()),
@@ -122,7 +108,7 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, 
         is_known=is_known,
     )  # fmt: skip
     for column in wide:
-        if not bool(column.is_equal_within(plan.class_of, plan.row, plan.position)):
+        if not bool(column.is_equal_within(packed.class_of, packed.row, packed.position)):
             raise DenseCall("internal_error", "two different columns have the same fingerprint")
     return plan
 
@@ -131,7 +117,7 @@ def kept_elements(
     value: Tensor, layout: TokenLayout, plan: Plan, results: Sequence[Tensor], graphs: PackedGraphs
 ) -> Tensor:
     """bool, of the shape of an output with the given layout: which of its elements belong to tokens that were kept."""
-    kept = select_map(plan.class_of >= 0, layout.selection, results, graphs)
+    kept = select_map(plan.packed.class_of >= 0, layout.selection, results, graphs)
     factors = [f for dim in layout.dims for f in (dim or (1,))]
     present = [f for f in (ROW, POSITION) if f in factors]
     kept = kept.permute([present.index(f) for f in factors if is_token_factor(f)])

@@ -55,7 +55,8 @@ class BatchReport:
     `graph` numbers the graph; `kept_padding` counts padding that something reads and that therefore isn't dropped;
     `work` is what was counted for the batch as it is and packed; `saving` is the share of multiply-adds that packing
     saves; `head_chunks` is in how many parts the head ran, to save memory, and is computed again in backward (0:
-    whole); `decision` is "packed" or "dense", `why` says why.
+    whole); `engines` computed its attention, each with why they had to if the graph's couldn't; `decision` is "packed"
+    or "dense", `why` says why.
     """
 
     graph: int = 0
@@ -72,6 +73,7 @@ class BatchReport:
     work: tuple[Work, Work] = (Work(0, 0), Work(0, 0))
     saving: float = 0.0
     head_chunks: int = 0
+    engines: dict[str, str] = field(default_factory=dict)
     decision: str = "dense"
     why: str = ""
 
@@ -188,6 +190,9 @@ class Explanation:
                 if batch.head_chunks:
                     text = f"  the head runs in {batch.head_chunks} chunks, and once more in backward, to save memory"
                     console.print(text, markup=False, soft_wrap=True)
+                for engine, why in batch.engines.items():
+                    if why:
+                        console.print(f"  attention by {engine}, {why}", markup=False, soft_wrap=True)
                 if batch.why:
                     console.print(f"  {batch.why}", markup=False, soft_wrap=True)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import select_map
+from .engines.per_plan import to_device
 from .packed_tree import PackedTree
 from .passes.packed_graphs import PackedGraphs
 
@@ -47,6 +48,8 @@ def find_scored(graphs: PackedGraphs, results: Sequence[Tensor], tree: PackedTre
     if not is_read.any():
         is_read[0] = True  # nothing is read, but graphs have no use for empty tensors
     rank = np.where(is_read, np.cumsum(is_read) - 1, -1)
-    index, rank_T = (torch.from_numpy(a).to(tree.class_of.device) for a in (np.flatnonzero(is_read), rank))
+    index, rank_T = (
+        to_device(torch.from_numpy(a), tree.class_of.device) for a in (np.flatnonzero(is_read), rank)
+    )
     scored_of = torch.where(tree.class_of < 0, -1, rank_T[tree.token_of])
     return Scored(index, scored_of, scored_of.clamp(min=0), sum(map(len, read)))

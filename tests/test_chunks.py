@@ -47,7 +47,7 @@ def test_chunks_of_a_gpu_are_a_share_of_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [chunks.number_of_chunks(found, tokens, cpu) for tokens in (5000, 6000)] == [0, 18]
-    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (6000, 10_000, 11_000)] == [0, 0, 2]
+    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (11_000, 21_000, 22_000)] == [0, 0, 3]
     memory.total_memory = 16 << 30
     assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (5000, 6000)] == [0, 5]
 

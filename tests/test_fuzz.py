@@ -522,27 +522,28 @@ def test_plan(plain, batch, keep_all):
     assume(bool(batch.kept.any()))
     plan = plan_of(plain, batch, keep_all)
     keys = torch.stack([batch.ids, batch.mask, batch.positions], -1)
-    T, kept, class_of = plan.tokens, batch.kept, plan.class_of
+    tree = plan.packed
+    T, kept, class_of = plan.tokens, batch.kept, tree.class_of
     if keep_all:
         assert T == batch.packed_tokens(kept)
     assert batch.packed_tokens(kept) <= T <= kept.sum() == plan.valid_tokens
     assert torch.equal(class_of >= 0, kept)
     assert class_of[kept].unique().tolist() == list(range(T))
-    assert torch.equal(class_of[plan.row, plan.position], torch.arange(T)), "representatives"
+    assert torch.equal(class_of[tree.row, tree.position], torch.arange(T)), "representatives"
     first = kept.int().argmax(1)
     token = torch.arange(T)
-    sees = (token <= token[:, None]) & (token[:, None] < plan.subtree_end)  # [query, key]
+    sees = (token <= token[:, None]) & (token[:, None] < tree.subtree_end)  # [query, key]
     for n in range(kept.shape[0]):
         path = class_of[n][kept[n]]
         start = int(first[n])
         for depth, t in enumerate(path.tolist()):
-            assert plan.depth[t] == depth
+            assert tree.depth[t] == depth
             assert sees[t].nonzero().flatten().tolist() == path[: depth + 1].tolist()
-        there = plan.row[path], plan.position[path]
+        there = tree.row[path], tree.position[path]
         assert torch.equal(keys[there], keys[n, start : start + len(path)]), "columns of the representative"
-    start, end, subtree_end, depth, parent = plan.segments.unbind(1)
+    start, end, subtree_end, depth, parent = tree.segments.unbind(1)
     assert start.tolist() == [0, *end[:-1].tolist()] and end[-1] == T
-    assert torch.equal(plan.depth[start], depth) and torch.equal(plan.subtree_end[end - 1], subtree_end)
+    assert torch.equal(tree.depth[start], depth) and torch.equal(tree.subtree_end[end - 1], subtree_end)
     assert all(p < m for m, p in enumerate(parent.tolist()))
     assert plan.packed_pairs == int(sees.sum())
 

@@ -4,6 +4,7 @@ Each control names a check of this file (the same comparison as in test_fuzz.py,
 seed. Without the bug the check passes.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -17,7 +18,7 @@ if BACKEND != "pgcompile":
 
 import pgcompile
 from pgcompile import backend, columns, ops, plan
-from pgcompile.engines import reference
+from pgcompile.engines import reference, varlen
 from pgcompile.passes import unpack
 from pgcompile.passes.rules import RULES
 
@@ -161,19 +162,21 @@ def window_off_by_one(monkeypatch):
 
 
 def gather_the_next_position(monkeypatch):
-    original = backend.pack_column
-
-    def pack(value, dims, p):
-        return original(value, dims, dataclasses.replace(p, position=(p.position + 1) % p.positions))
-
-    monkeypatch.setattr(backend, "pack_column", pack)
+    change_packed_tree(monkeypatch, lambda p: {"position": (p.packed.position + 1) % p.positions})
 
 
 def gather_from_another_row(monkeypatch):
+    change_packed_tree(monkeypatch, lambda p: {"row": (p.packed.row + 1) % p.rows})
+
+
+def change_packed_tree(monkeypatch, changes):
+    """Columns are gathered by a tree with other tensors than the plan's."""
     original = backend.pack_column
 
     def pack(value, dims, p):
-        return original(value, dims, dataclasses.replace(p, row=(p.row + 1) % p.rows))
+        changed = copy.copy(p.packed)
+        vars(changed).update(changes(p))
+        return original(value, dims, dataclasses.replace(p, packed=changed))
 
     monkeypatch.setattr(backend, "pack_column", pack)
 
@@ -219,7 +222,7 @@ def wrong_classes_for_labels(monkeypatch):
 def last_copy_wins(monkeypatch):
     """The backward of every gather that repeats: a shared token gets the gradient of one of its copies."""
 
-    def segment_sums(row_M, rows, dtype):
+    def segment_sums_of(row_M, rows, dtype):
         def last_copies(values_MC):
             out_RC = values_MC.new_zeros(rows, values_MC.shape[1], dtype=dtype)
             for m, r in enumerate(row_M.tolist()):
@@ -229,7 +232,8 @@ def last_copy_wins(monkeypatch):
 
         return last_copies
 
-    monkeypatch.setattr(ops, "_segment_sums", segment_sums)
+    for module in (ops, varlen):
+        monkeypatch.setattr(module, "segment_sums_of", segment_sums_of)
 
 
 def ignore_padding_guards(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
-from pgcompile import ops
+from pgcompile import copies, ops
 from pgcompile.cli.doctor import describe_engines
 from pgcompile.engines import ENGINES, TreeMask, cpu, reference, triton
 from pgcompile.engines.choose import choose
@@ -493,7 +493,7 @@ gather_entries = torch.ops.pgcompile.gather_entries
 @pytest.fixture(params=["_segment_sums_by_row", "_segment_sums_in_order"])
 def segment_sums(request, monkeypatch):
     """What a CPU uses, and what CUDA does."""
-    monkeypatch.setattr(ops, "_segment_sums", getattr(ops, request.param))
+    monkeypatch.setattr(ops, "segment_sums_of", getattr(copies, request.param))
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3), (7, 2, 3)], ids=str)
@@ -522,7 +522,7 @@ def test_gradients_of_512_copies_add_up(dtype, segment_sums):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gather_gradients_are_rounded_once(dtype, segment_sums, monkeypatch):
     """Against a float64 sum: half the last digit, and for float32 what adding 40 numbers costs."""
-    monkeypatch.setattr(ops, "SUM_ELEMENTS", 4000)  # several slices of columns
+    monkeypatch.setattr(copies, "SUM_ELEMENTS", 4000)  # several slices of columns
     torch.manual_seed(0)
     index, grad = torch.randint(-1, 50, (2000,)), torch.randn(2000, 5).to(dtype)
     exact = torch.zeros(51, 5, dtype=torch.float64).index_add_(0, index % 51, grad.double())[:50]

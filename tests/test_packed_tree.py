@@ -48,6 +48,18 @@ def test_a_policy_and_its_reference_share_one():
     assert pgcompile.stats().plans_reused == 3 and len(packed_tree._known) == 1
 
 
+def test_each_stream_has_its_own(monkeypatch):
+    """Copies to a device, and what engines work out there, aren't waited for on another stream."""
+    codes, first, end = np.zeros((3, 5), np.uint64), np.zeros(3, np.int64), np.full(3, 5)
+    trees = PackedTrees()
+    found = []
+    for stream in ("one", "other", "one"):
+        monkeypatch.setattr(packed_tree, "_stream_of", lambda device, stream=stream: stream)
+        found.append(trees.find(codes, first, end, 0, CPU))
+    (one, _), (other, known), (again, known_again) = found
+    assert other is not one and not known and again is one and known_again
+
+
 def test_a_batch_that_is_changed_in_place():
     target = model()
     call = fast(target)

@@ -14,13 +14,14 @@ from harness import (
     compiled,
     rewire,
 )
-from small_models import ReadsTheFuture, batch_of, small_model
+from small_models import ReadsTheFuture, Seeded, batch_of, small_model
 from zoo import ZOO
 
 if BACKEND != "pgcompile":
     pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
 
 import pgcompile
+from pgcompile.engines import cpu
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -66,8 +67,30 @@ def test_explain_a_graph_that_packs():
     assert report.packed_tokens < report.valid_tokens == batch.kept.sum() < report.dense_tokens
     assert report.decision == "packed" and 0 < report.saving < 1
     assert report.packed_pairs < report.dense_pairs and report.depth >= 1 and report.segments >= 2
+    assert report.engines == {found.graphs[0].attention[0].engine: ""}
     assert json.loads(json.dumps(found.to_dict()))["status"] == "packed"
     assert "packed" in str(found) and "causal" in str(found) and str(report.packed_tokens) in str(found)
+
+
+def test_explain_a_batch_whose_engine_failed(monkeypatch):
+    def fail(*call):
+        raise Seeded("seeded failure")
+
+    monkeypatch.setattr(cpu, "attention", fail)
+    model, batch = small_model(), batch_of()
+    found = pgcompile.explain(model, **batch.inputs, options=ALWAYS_PACK)
+    [report] = found.batches
+    assert report.decision == "dense" and "seeded failure" in report.why and report.engines == {}
+
+
+def test_explain_a_batch_that_is_nothing_for_its_engine(monkeypatch):
+    monkeypatch.setattr(cpu, "why_not_call", lambda *call: "a seeded reason")
+    model, batch = small_model(), batch_of()
+    found = pgcompile.explain(model, **batch.inputs, options=ALWAYS_PACK)
+    assert [a.engine for a in found.graphs[0].attention] == ["cpu"]
+    [(engine, why)] = found.batches[0].engines.items()
+    assert engine != "cpu" and why == "not cpu: a seeded reason"
+    assert f"attention by {engine}, not cpu: a seeded reason" in str(found)
 
 
 def test_explain_a_graph_that_does_not():

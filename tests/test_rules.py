@@ -79,7 +79,13 @@ class Batch:
         return self.tree.tokens
 
     @property
-    def rows(self) -> int:  # pack_column takes a plan; it reads these four
+    def packed(
+        self,
+    ) -> Batch:  # pack_column takes a plan; it reads its `packed.row` and `packed.position`, and these
+        return self
+
+    @property
+    def rows(self) -> int:
         return self.n
 
     @property

@@ -14,6 +14,7 @@ from test_ops import (
     Tree,
     assert_equals_brute_force,
     attend,
+    close_to,
     columns,
     gradients,
     inputs,
@@ -105,6 +106,25 @@ def test_windows(name, window, log):
     assert_equals_brute_force(tree, inputs(tree, heads=4), "varlen", window=window)
     if window < int(tree.depth.max()) + 1:
         assert {call[2] for call in log.forward + log.backward} == {(window - 1, 0)}
+
+
+def test_windows_of_one_plan(log, monkeypatch):
+    """Each copies other keys; their order is worked out once."""
+    tree, made, original = random_tree(1), [], varlen.segment_sums_of
+    qkv = inputs(tree, heads=4)
+    monkeypatch.setattr(varlen, "segment_sums_of", lambda *given: made.append(1) or original(*given))
+
+    def both(engine):
+        def attention(*x):
+            return sum(attend(tree, *x, window=window, engine=engine)[0] for window in (2, 4))
+
+        return gradients(attention, qkv)
+
+    expected = both("reference")
+    for _ in range(2):
+        for actual, wanted in zip(both("varlen"), expected, strict=True):
+            close_to(actual, wanted, "varlen")
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])

@@ -1,5 +1,9 @@
 """Which engine runs a call, and why: the answer goes into the report."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -7,6 +11,9 @@ from . import ENGINES, Engine, Scores, TreeMask
 
 # What "auto" tries, in this order; reference can always run.
 AUTO = ("cpu", "varlen", "triton", "flex", "reference")
+
+# Where `engines_used` collects, while it does.
+_used: ContextVar[dict[str, str] | None] = ContextVar("pgcompile_engines_used", default=None)
 
 
 def choose(engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -57,9 +64,26 @@ def engine_for(engine: str, q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scor
     """
     device, dtype, size = q_1HTD.device, q_1HTD.dtype, max(q_1HTD.shape[-1], v_1KTE.shape[-1])
     name, _ = choose_for_heads(engine, device, dtype, size, scores)
-    while ENGINES[name].why_not_call(mask, q_1HTD, v_1KTE) is not None:
+    why = []
+    while (reason := ENGINES[name].why_not_call(mask, q_1HTD, v_1KTE)) is not None:
+        why.append(f"not {name}: {reason}")
         name, _ = choose_for_heads(_after(name, device, dtype), device, dtype, size, scores)
+    used = _used.get()
+    if used is not None:
+        used[name] = used.get(name) or "; ".join(why)
     return ENGINES[name]
+
+
+@contextmanager
+def engines_used() -> Iterator[dict[str, str]]:
+    """The engines that compute calls of this thread meanwhile, each with why the ones before it in `AUTO` couldn't for
+    this batch, "" for what the model's attention was given to."""
+    used: dict[str, str] = {}
+    token = _used.set(used)
+    try:
+        yield used
+    finally:
+        _used.reset(token)
 
 
 def _after(name: str, device: torch.device, dtype: torch.dtype) -> str:

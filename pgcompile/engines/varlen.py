@@ -20,6 +20,7 @@ Shapes by suffix as in reference.py, M segments, P segments on the longest path;
 import torch
 from torch import Tensor
 
+from ..copies import add_copies, segment_sums_of, sum_dtype
 from . import flash_kernels, reference
 from .common import merge_, result, with_positive_scale
 from .contract import Scores, TreeMask
@@ -82,9 +83,11 @@ def attention_backward(
     lse_TH = lse_1HT[0].t()
     first, *levels = planned_calls(mask, q, k)
     grads = list(flash_kernels.backward(first, tensors, lse_TH, scores))
-    if isinstance(first.keys, Tensor):  # keys were copied: the operator adds copies in a fixed order
-        add_copies = torch.ops.pgcompile.gather_tokens_backward
-        grads[1:] = [add_copies(grad, first.keys, k.shape[0]) for grad in grads[1:]]
+    if isinstance(first.keys, Tensor):  # keys were copied
+        copies, dtype = first.keys, sum_dtype(k)
+        key = ("copies of varlen", mask.window, dtype, q.device)
+        sums = once_per_plan(mask.segments_M5, key, lambda: segment_sums_of(copies, len(k), dtype))
+        grads[1:] = [add_copies(grad, sums, len(k)) for grad in grads[1:]]
     if levels:
         grads = [grad.to(reference.compute_dtype(q)) for grad in grads]
     for call in levels:

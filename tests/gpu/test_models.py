@@ -43,7 +43,8 @@ def chunked(request, monkeypatch):
         monkeypatch.setattr(head, "MIN_RATIO", 0)
         monkeypatch.setattr(chunks, "WHOLE_BYTES", 0)
         monkeypatch.setattr(chunks, "CHUNK_BYTES", 7 * VOCAB * 2)
-        monkeypatch.setattr(chunks, "GPU_SHARE", 1 << 60)
+        monkeypatch.setattr(chunks, "GPU_WHOLE_SHARE", 1 << 60)
+        monkeypatch.setattr(chunks, "GPU_CHUNK_SHARE", 1 << 60)
     yield request.param
     assert bool(counts) == request.param and all(count > 1 for count in counts)
 
