@@ -23,7 +23,7 @@ if BACKEND != "pgcompile":
 
 import pgcompile
 from pgcompile.cli.everywhere import Everywhere, switch_off, switch_on
-from pgcompile.cli.run import after_import
+from pgcompile.cli.run import after_import, parse_options
 from pgcompile.options import Options
 
 SCRIPT = """
@@ -167,6 +167,18 @@ def test_bad_command_lines(arguments, says, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == (1 if arguments[0] == "-m" else 2) and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pairs", "found"),
+    [
+        (["strict=True", "min_saving=0.5"], {"strict": True, "min_saving": 0.5}),
+        (["strict=true", "min_saving=none"], {"strict": True, "min_saving": None}),
+        (["engine=reference", "dump_dir=true/x"], {"engine": "reference", "dump_dir": "true/x"}),
+    ],
+)
+def test_options_on_a_command_line(pairs, found):
+    assert parse_options(pairs) == Options(**found)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def _find_module(name: str) -> ModuleSpec | None:
 
 
 def parse_options(given: Iterable[str]) -> Options:
-    """`key=value` pairs; values are Python literals, or words.
+    """`key=value` pairs; values are Python literals (true, false and none may be lower case), or words.
 
     Raises:
         click.BadParameter: not of that form, or not an option.
@@ -119,7 +119,7 @@ def parse_options(given: Iterable[str]) -> Options:
         if not equals:
             raise click.BadParameter(f"{pair!r} isn't key=value", param_hint="--options")
         try:
-            found[key.strip()] = ast.literal_eval(text)
+            found[key.strip()] = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
         except (ValueError, SyntaxError):
             found[key.strip()] = text
     try:
