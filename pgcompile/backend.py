@@ -245,7 +245,7 @@ class PackedCall:
             plan = build_plan(self.graphs, results, self.options.min_saving == 0, self.trees)
         report.valid_tokens, report.packed_tokens = plan.valid_tokens, plan.tokens
         report.kept_padding = plan.kept_padding
-        tree = plan.packed.tree
+        tree = plan.tree.prefix_tree
         report.segments, report.depth = tree.num_segments, tree.max_segment_depth
         report.dense_pairs, report.packed_pairs = plan.dense_pairs, plan.packed_pairs
         report.work = self.cost.dense(plan), self.cost.packed(plan)
@@ -274,7 +274,7 @@ class PackedCall:
             return self.eager_packed
         graphs = self.graphs
         if graphs.head is not None:
-            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.packed.device)
+            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.tree.device)
             if report.head_chunks:
                 graphs = replace(graphs, packed=graphs.head.trunk)
         key = modes(), report.head_chunks > 0
@@ -309,13 +309,13 @@ class PackedCall:
         if spec.kind == "column":
             return pack_column(results[spec.index], spec.dims, plan)
         if spec.kind == "data_mask":
-            return plan.data_valid[spec.index][plan.packed.row, plan.packed.position]
+            return plan.data_valid[spec.index][plan.tree.row, plan.tree.position]
         if spec.kind == "hides":
             return plan.hides[spec.index]
         if spec.kind == "scored":
             assert plan.scored is not None
             return plan.scored.index
-        tree = plan.packed
+        tree = plan.tree
         return {
             "subtree_end": tree.subtree_end, "depth": tree.depth, "segments": tree.segments, "positions": tree.position,
         }[spec.kind]  # fmt: skip
@@ -340,8 +340,8 @@ class PackedCall:
             "argument": args,
             "prologue": results,
             "packed": packed,
-            "class_of": (plan.packed.class_of,),
-            "token_of": (plan.packed.token_of,),
+            "class_of": (plan.tree.class_of,),
+            "token_of": (plan.tree.token_of,),
         }
         if plan.scored is not None:
             sources |= {
@@ -386,8 +386,8 @@ def pack_column(value: Tensor, dims: tuple[Dim, ...], plan: Plan) -> Tensor:
     """A dense column at the representatives: its rows get size 1, its positions size T, its other dims stay."""
     factors = {f for dim in dims for f in dim}
     if ROW not in factors and (POSITION,) in dims:
-        return value.index_select(dims.index((POSITION,)), plan.packed.position)
-    packed = rows_first(value, dims, plan.rows, plan.positions)[plan.packed.row, plan.packed.position]
+        return value.index_select(dims.index((POSITION,)), plan.tree.position)
+    packed = rows_first(value, dims, plan.rows, plan.positions)[plan.tree.row, plan.tree.position]
     holder = POSITION if POSITION in factors else ROW
     rest = iter(range(1, packed.dim()))
     order: list[int] = []

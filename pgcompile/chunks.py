@@ -17,8 +17,8 @@ from .passes.packed_graphs import Head
 from .passes.unpack import Gathered
 
 # Above WHOLE_BYTES, [T, V] runs in chunks of CHUNK_BYTES. Each chunk reads the weight and adds to its gradient, which
-# has to be little beside its tokens' work, and runs uncompiled, twice. So on a GPU both are larger, shares of its
-# memory (not yet measured): whole, the head takes about four times the size of [T, V] in half precision.
+# has to be little beside its tokens' work, and runs uncompiled, twice. So on a large GPU both are larger, shares of
+# its memory (not yet measured): whole, the head takes about four times the size of [T, V] in half precision.
 WHOLE_BYTES, CHUNK_BYTES = 1 << 30, 1 << 26
 GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 32, 64
 

@@ -18,38 +18,43 @@ from torch import Tensor
 # large enough that launching kernels costs nothing, and small beside the activations of a training step.
 SUM_ELEMENTS = 1 << 25
 
-SegmentSums = Callable[[Tensor], Tensor]
+Sums = Callable[[Tensor], Tensor]
 
 
-def add_copies(grad: Tensor, segment_sums: SegmentSums, rows: int) -> Tensor:
-    """`[M, ...]` → `[R, ...]` in the gradient's dtype, by `segment_sums` of its `sum_dtype`."""
-    grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
-    copies, columns = grad_MC.shape
-    if grad.is_cpu and grad.dtype == sum_dtype(grad):  # nothing is copied
-        out_RC = segment_sums(grad_MC)
-    else:
-        out_RC = grad.new_empty(rows, columns)
-        step = max(1, SUM_ELEMENTS // (copies + rows + 1))
-        for start in range(0, columns, step):
-            out_RC[:, start : start + step] = segment_sums(grad_MC[:, start : start + step])
-    return out_RC.view(rows, *grad.shape[1:])
+def sums_of_copies(row_M: Tensor, rows: int, dtype: torch.dtype) -> Sums:
+    """What adds up gradients `[M, ...]` in `dtype`: `out[r] = sum of grad[m] where row[m] = r`, `[R, ...]`, in `dtype`.
 
-
-def sum_dtype(grad: Tensor) -> torch.dtype:
-    """What copies are added in: float32 for half precision, else the gradient's own dtype (complex ones too)."""
-    return torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
-
-
-def segment_sums_of(row_M: Tensor, rows: int, dtype: torch.dtype) -> SegmentSums:
-    """Of values `[M, C]`: `out[r] = sum of values[m] where row[m] = r`, in `dtype`, bit-equal in every run.
-
-    Row -1 is left out. On CPU index_add_ adds each row's copies in a fixed order; on CUDA it uses atomics.
+    Row -1 is left out. Bit-equal in every run.
     """
+    segment_sums = _segment_sums(row_M, rows, sum_dtype(dtype))
+
+    def add_up(grad: Tensor) -> Tensor:
+        grad_MC = grad.reshape(grad.shape[0], math.prod(grad.shape[1:]))
+        copies, columns = grad_MC.shape
+        if grad.is_cpu and dtype == sum_dtype(dtype):  # nothing is copied
+            out_RC = segment_sums(grad_MC)
+        else:
+            out_RC = grad.new_empty(rows, columns)
+            step = max(1, SUM_ELEMENTS // (copies + rows + 1))
+            for start in range(0, columns, step):
+                out_RC[:, start : start + step] = segment_sums(grad_MC[:, start : start + step])
+        return out_RC.view(rows, *grad.shape[1:])
+
+    return add_up
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of `dtype` are added in: float32 for half precision, else the same (complex ones too)."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _segment_sums(row_M: Tensor, rows: int, dtype: torch.dtype) -> Sums:
+    """Of values `[M, C]`, in `dtype`. On CPU index_add_ adds each row's copies in a fixed order; on CUDA by atomics."""
     by_row = row_M.is_cpu or row_M.numel() == 0
     return (_segment_sums_by_row if by_row else _segment_sums_in_order)(row_M, rows, dtype)
 
 
-def _segment_sums_by_row(row_M: Tensor, rows: int, dtype: torch.dtype) -> SegmentSums:
+def _segment_sums_by_row(row_M: Tensor, rows: int, dtype: torch.dtype) -> Sums:
     row_M = torch.where(row_M < 0, rows, row_M)  # a last row, which is cut off
 
     def sums(values_MC: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def _segment_sums_by_row(row_M: Tensor, rows: int, dtype: torch.dtype) -> Segmen
     return sums
 
 
-def _segment_sums_in_order(row_M: Tensor, rows: int, dtype: torch.dtype) -> SegmentSums:
+def _segment_sums_in_order(row_M: Tensor, rows: int, dtype: torch.dtype) -> Sums:
     """Sorted by row once, added up by a thread for each column of each row: no atomics, and no host sync.
 
     (index_put_ would sort for each call, and add a row's copies one after the other for all columns; row -1's, too.)

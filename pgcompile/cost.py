@@ -53,7 +53,7 @@ class Cost:
     def packed(self, plan: Plan) -> Work:
         scored = 0 if plan.scored is None else plan.scored.tokens
         linear = self.per_token * plan.tokens + self.per_scored * scored
-        segments = plan.packed.tree.num_segments * self.attentions
+        segments = plan.tree.prefix_tree.num_segments * self.attentions
         return Work(linear, self.per_pair * plan.packed_pairs, segments, plan.dense_tokens)
 
 

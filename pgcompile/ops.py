@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .copies import add_copies, segment_sums_of, sum_dtype
+from .copies import sum_dtype, sums_of_copies
 from .engines import Scores, TreeMask
 from .engines.choose import engine_for
 from .engines.reference import compute_dtype, finite
@@ -236,7 +236,7 @@ def _gather_tokens(x: Tensor, index_M: Tensor) -> Tensor:
 @raises_engine_error
 def _gather_tokens_backward(grad: Tensor, index_M: Tensor, num_tokens: int) -> Tensor:
     """Sum of the gradients of each token's copies, `[T, ...]`: deterministic, in float32, cast once."""
-    return add_copies(grad, segment_sums_of(index_M, num_tokens, sum_dtype(grad)), num_tokens)
+    return sums_of_copies(index_M, num_tokens, grad.dtype)(grad)
 
 
 def _gather_tokens_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -285,16 +285,14 @@ def _gather_entries_backward(
     """
     size = num_tokens * vocab
     entry = torch.where((index_M < 0)[:, None], -1, index_M[:, None] * vocab + column_MN).flatten()
-    if grad_MN.is_cpu and sum_dtype(grad_MN) == grad_MN.dtype:  # no wider sums needed: no sort either
-        segment_sums = segment_sums_of(entry, size, grad_MN.dtype)
-        return segment_sums(grad_MN.reshape(-1, 1)).view(num_tokens, vocab)
+    if grad_MN.is_cpu and sum_dtype(grad_MN.dtype) == grad_MN.dtype:  # no wider sums needed: no sort either
+        return sums_of_copies(entry, size, grad_MN.dtype)(grad_MN.flatten()).view(num_tokens, vocab)
     entry, order = entry.sort(stable=True)
     is_first = entry.diff(prepend=entry.new_full((1,), -1)) != 0
     rank = is_first.cumsum(0) - 1  # of the entry among the distinct ones; of holes, which come first, -1
-    segment_sums = segment_sums_of(rank, rank.shape[0], sum_dtype(grad_MN))
-    sums = segment_sums(grad_MN.flatten()[order, None]).flatten()
+    sums = sums_of_copies(rank, rank.shape[0], grad_MN.dtype)(grad_MN.flatten()[order])
     out = grad_MN.new_zeros(size + 1)  # holes write to the last entry, which is cut off
-    out[entry] = sums[rank].to(out.dtype)  # copies of one entry all write the same sum
+    out[entry] = sums[rank]  # copies of one entry all write the same sum
     return out[:size].view(num_tokens, vocab)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engines.per_plan import to_device
+from .devices import stream_of, to_device
 from .prefix_tree import CodeArray, IntArray, PrefixTree, build_prefix_tree
 
 # What one graph holds: enough for a few epochs over a step's micro-batches; in bytes, ten of 64 rows of 2048 tokens.
@@ -34,7 +34,7 @@ class PackedTree:
         device: where the tensors shall be.
 
     Attributes:
-        tree: on the host.
+        prefix_tree: on the host.
         class_of: int64 [N, S], packed index of each token, -1 where dropped.
         token_of: the same, with any token where one was dropped.
         row, position: int64 [T], where each packed token's representative stands.
@@ -50,19 +50,18 @@ class PackedTree:
             return to_device(torch.from_numpy(np.ascontiguousarray(a)), device)
 
         self.codes, self.first, self.end = codes, first, end
-        self.min_shared, self.device, self.stream = min_shared, device, _stream_of(device)
-        self.tree: PrefixTree = build_prefix_tree(codes, first, end, min_shared)
+        self.min_shared, self.device, self.stream = min_shared, device, stream_of(device)
+        self.prefix_tree: PrefixTree = build_prefix_tree(codes, first, end, min_shared)
         with torch.inference_mode(False):  # or training couldn't save them for its backward pass
-            self.class_of, self.row, self.position = map(
-                move, (self.tree.class_of, self.tree.row, self.tree.position)
-            )
+            tree = self.prefix_tree
+            self.class_of, self.row, self.position = map(move, (tree.class_of, tree.row, tree.position))
             self.token_of = self.class_of.clamp(min=0)
-            self.subtree_end, self.depth = move(self.tree.subtree_end), move(self.tree.depth)
-            self.segments = torch.from_numpy(self.tree.segments)
+            self.subtree_end, self.depth = move(tree.subtree_end), move(tree.depth)
+            self.segments = torch.from_numpy(tree.segments)
 
     @property
     def nbytes(self) -> int:
-        """Of its large arrays, wherever they are."""
+        """Of its large arrays, wherever they are; without what engines worked out from it."""
         tensors = (self.class_of, self.class_of, self.row, self.position, self.subtree_end, self.depth)
         return self.codes.nbytes + sum(t.nbytes for t in tensors)
 
@@ -72,16 +71,12 @@ class PackedTree:
         """Would these arguments build the same, for the same stream?"""
         return (
             (self.min_shared, self.device, self.codes.shape) == (min_shared, device, codes.shape)
-            and self.stream == _stream_of(device)  # another one would have to wait for the copies
+            and self.stream == stream_of(device)  # another one would have to wait for the copies
             and np.array_equal(self.first, first)
             and np.array_equal(self.end, end)
             and np.array_equal(self.codes[:1], codes[:1])  # another batch mostly differs here already
             and np.array_equal(self.codes, codes)
         )
-
-
-def _stream_of(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 _known: weakref.WeakSet[PackedTree] = weakref.WeakSet()

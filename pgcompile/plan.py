@@ -39,7 +39,7 @@ class Plan:
 
     Args:
         rows, positions: N and S.
-        packed: the prefix tree and its tensors, on the batch's device.
+        tree: which tokens are distinct, with its tensors on the batch's device.
         scored: the tokens that the head is computed for, if that aren't all.
         hides: for each of `PackedGraphs.mask_columns`, on the host, bool [2]: does `key_valid` hide a token that wasn't
             dropped, and does `same_value` hide one in a token's own row?
@@ -52,7 +52,7 @@ class Plan:
 
     rows: int
     positions: int
-    packed: PackedTree
+    tree: PackedTree
     scored: Scored | None
     hides: list[Tensor]
     data_valid: list[Tensor]
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return self.packed.tree.tokens
+        return self.tree.prefix_tree.tokens
 
     @property
     def dense_tokens(self) -> int:
@@ -91,24 +91,25 @@ def build_plan(graphs: PackedGraphs, results: Sequence[Tensor], keep_all: bool, 
     dropped = None if masked is None or columns.droppable is None else masked & columns.droppable
     first, end = _kept_range(dropped, n, s)
     codes = encode_columns(columns.keys, (n, s))
-    packed, is_known = trees.find(codes, first, end, 0 if keep_all else MIN_SHARED, device)
-    if packed.tree.tokens == 0:
+    tree, is_known = trees.find(codes, first, end, 0 if keep_all else MIN_SHARED, device)
+    on_host = tree.prefix_tree
+    if on_host.tokens == 0:
         raise DenseCall("empty_batch", "every token is padding")
     padding_first, padding_end = _kept_range(masked, n, s)
     kept_padding = int((end - first).sum() - (padding_end - padding_first).sum())
-    kept = packed.tree.class_of >= 0
+    kept = on_host.class_of >= 0
     holes = {group: kept & ~v for group, v in zip(key_groups(graphs), columns.valid, strict=True)}
     _refuse_masks(graphs, columns, kept, holes)
     plan = Plan(
-        n, s, packed, find_scored(graphs, results, packed), _hides(graphs, columns, kept, holes), data_valid,
+        n, s, tree, find_scored(graphs, results, tree), _hides(graphs, columns, kept, holes), data_valid,
         valid_tokens=int((end - first).sum()),
         dense_pairs=n * s * (s + 1) // 2,
-        packed_pairs=int((packed.tree.depth + 1).sum()),
+        packed_pairs=int((on_host.depth + 1).sum()),
         kept_padding=kept_padding,
         is_known=is_known,
     )  # fmt: skip
     for column in wide:
-        if not bool(column.is_equal_within(packed.class_of, packed.row, packed.position)):
+        if not bool(column.is_equal_within(tree.class_of, tree.row, tree.position)):
             raise DenseCall("internal_error", "two different columns have the same fingerprint")
     return plan
 
@@ -117,7 +118,7 @@ def kept_elements(
     value: Tensor, layout: TokenLayout, plan: Plan, results: Sequence[Tensor], graphs: PackedGraphs
 ) -> Tensor:
     """bool, of the shape of an output with the given layout: which of its elements belong to tokens that were kept."""
-    kept = select_map(plan.packed.class_of >= 0, layout.selection, results, graphs)
+    kept = select_map(plan.tree.class_of >= 0, layout.selection, results, graphs)
     factors = [f for dim in layout.dims for f in (dim or (1,))]
     present = [f for f in (ROW, POSITION) if f in factors]
     kept = kept.permute([present.index(f) for f in factors if is_token_factor(f)])

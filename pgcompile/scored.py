@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import select_map
-from .engines.per_plan import to_device
+from .devices import to_device
 from .packed_tree import PackedTree
 from .passes.packed_graphs import PackedGraphs
 
@@ -40,16 +40,14 @@ def find_scored(graphs: PackedGraphs, results: Sequence[Tensor], tree: PackedTre
     """The tokens that the slices leave; None where the graph picks none out. The host waits for nothing."""
     if not graphs.scored:
         return None
-    class_of = torch.from_numpy(tree.tree.class_of)
+    class_of = torch.from_numpy(tree.prefix_tree.class_of)
     read = [select_map(class_of, selection, results, graphs).numpy().ravel() for selection in graphs.scored]
-    is_read = np.zeros(tree.tree.tokens, dtype=bool)
+    is_read = np.zeros(tree.prefix_tree.tokens, dtype=bool)
     for classes in read:
         is_read[classes[classes >= 0]] = True
     if not is_read.any():
         is_read[0] = True  # nothing is read, but graphs have no use for empty tensors
     rank = np.where(is_read, np.cumsum(is_read) - 1, -1)
-    index, rank_T = (
-        to_device(torch.from_numpy(a), tree.class_of.device) for a in (np.flatnonzero(is_read), rank)
-    )
+    index, rank_T = (to_device(torch.from_numpy(a), tree.device) for a in (np.flatnonzero(is_read), rank))
     scored_of = torch.where(tree.class_of < 0, -1, rank_T[tree.token_of])
     return Scored(index, scored_of, scored_of.clamp(min=0), sum(map(len, read)))

@@ -671,6 +671,39 @@ def test_a_case_that_would_not_end_in_time_does_not_begin(config, measured, tmp_
     assert result.exit_code == 0 and measured == ["P=32 R=8 G=4"]
 
 
+def test_building_the_model_is_not_of_the_budget(config, measured, tmp_path, monkeypatch):
+    """Else the same command would never go on."""
+    now, build_model = [0.0], command.build_model
+
+    def slowly(*given):
+        now[0] += 1000
+        return build_model(*given)
+
+    monkeypatch.setattr(command, "build_model", slowly)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    result = run("--device", "cpu", "--model", config, "--grid", "cpu", "--budget-seconds", 130)
+    assert result.exit_code == 0 and len(measured) == 8
+
+
+def test_what_compiling_and_failing_took_says_nothing_about_others(config, measured, tmp_path, monkeypatch):
+    """By a clock that nothing else moves: 9 s of compiling for each row, of which one failed."""
+    now, give = [0.0], command.measure
+
+    def slow(case, *rest):
+        record = give(case, *rest)
+        record.rows[0].status, record.rows[0].seconds = "wrong", []
+        now[0] += 100 + 9 * len(record.rows)
+        return record
+
+    monkeypatch.setattr(command, "measure", slow)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    file = tmp_path / "r.json"
+    run("--device", "cpu", "--model", config, "--grid", "cpu", "--json", file, "--repeats", 1)
+    for record in read(file):
+        others = sum(row.seconds[0] for row in record.rows if row.seconds)
+        assert record.took == pytest.approx(100 + others)
+
+
 def test_the_file_says_what_would_not_end_in_time(config, measured, tmp_path, monkeypatch):
     file = tmp_path / "r.json"
     monkeypatch.setitem(GRIDS, "cpu", [group_case(16, 4, 2), group_case(32, 8, 4), group_case(32, 8, 2)])

@@ -141,8 +141,8 @@ def test_check_notices_wrong_gradients(monkeypatch):
     """The forward is right; the gradient of what is unpacked is halved."""
     from pgcompile import ops
 
-    original = ops.segment_sums_of
-    monkeypatch.setattr(ops, "segment_sums_of", lambda *args: lambda values: original(*args)(values) / 2)
+    original = ops.sums_of_copies
+    monkeypatch.setattr(ops, "sums_of_copies", lambda *args: lambda grad: original(*args)(grad) / 2)
     model, batch = small_model(), batch_of()
     with pytest.raises(pgcompile.CheckError, match="gradient"):
         compiled(model, {"check": 1})(batch.input_ids)

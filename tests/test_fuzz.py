@@ -522,7 +522,7 @@ def test_plan(plain, batch, keep_all):
     assume(bool(batch.kept.any()))
     plan = plan_of(plain, batch, keep_all)
     keys = torch.stack([batch.ids, batch.mask, batch.positions], -1)
-    tree = plan.packed
+    tree = plan.tree
     T, kept, class_of = plan.tokens, batch.kept, tree.class_of
     if keep_all:
         assert T == batch.packed_tokens(kept)

@@ -17,8 +17,8 @@ if BACKEND != "pgcompile":
     pytest.skip("breaks pgcompile", allow_module_level=True)
 
 import pgcompile
-from pgcompile import backend, columns, ops, plan
-from pgcompile.engines import reference, varlen
+from pgcompile import backend, columns, copies, plan
+from pgcompile.engines import reference
 from pgcompile.passes import unpack
 from pgcompile.passes.rules import RULES
 
@@ -162,21 +162,21 @@ def window_off_by_one(monkeypatch):
 
 
 def gather_the_next_position(monkeypatch):
-    change_packed_tree(monkeypatch, lambda p: {"position": (p.packed.position + 1) % p.positions})
+    change_tree(monkeypatch, lambda p: {"position": (p.tree.position + 1) % p.positions})
 
 
 def gather_from_another_row(monkeypatch):
-    change_packed_tree(monkeypatch, lambda p: {"row": (p.packed.row + 1) % p.rows})
+    change_tree(monkeypatch, lambda p: {"row": (p.tree.row + 1) % p.rows})
 
 
-def change_packed_tree(monkeypatch, changes):
+def change_tree(monkeypatch, changes):
     """Columns are gathered by a tree with other tensors than the plan's."""
     original = backend.pack_column
 
     def pack(value, dims, p):
-        changed = copy.copy(p.packed)
+        changed = copy.copy(p.tree)
         vars(changed).update(changes(p))
-        return original(value, dims, dataclasses.replace(p, packed=changed))
+        return original(value, dims, dataclasses.replace(p, tree=changed))
 
     monkeypatch.setattr(backend, "pack_column", pack)
 
@@ -222,7 +222,7 @@ def wrong_classes_for_labels(monkeypatch):
 def last_copy_wins(monkeypatch):
     """The backward of every gather that repeats: a shared token gets the gradient of one of its copies."""
 
-    def segment_sums_of(row_M, rows, dtype):
+    def segment_sums(row_M, rows, dtype):
         def last_copies(values_MC):
             out_RC = values_MC.new_zeros(rows, values_MC.shape[1], dtype=dtype)
             for m, r in enumerate(row_M.tolist()):
@@ -232,8 +232,7 @@ def last_copy_wins(monkeypatch):
 
         return last_copies
 
-    for module in (ops, varlen):
-        monkeypatch.setattr(module, "segment_sums_of", segment_sums_of)
+    monkeypatch.setattr(copies, "_segment_sums", segment_sums)
 
 
 def ignore_padding_guards(monkeypatch):

@@ -493,7 +493,7 @@ gather_entries = torch.ops.pgcompile.gather_entries
 @pytest.fixture(params=["_segment_sums_by_row", "_segment_sums_in_order"])
 def segment_sums(request, monkeypatch):
     """What a CPU uses, and what CUDA does."""
-    monkeypatch.setattr(ops, "segment_sums_of", getattr(copies, request.param))
+    monkeypatch.setattr(copies, "_segment_sums", getattr(copies, request.param))
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 1), (7, 3), (7, 2, 3)], ids=str)

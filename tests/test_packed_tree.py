@@ -54,7 +54,7 @@ def test_each_stream_has_its_own(monkeypatch):
     trees = PackedTrees()
     found = []
     for stream in ("one", "other", "one"):
-        monkeypatch.setattr(packed_tree, "_stream_of", lambda device, stream=stream: stream)
+        monkeypatch.setattr(packed_tree, "stream_of", lambda device, stream=stream: stream)
         found.append(trees.find(codes, first, end, 0, CPU))
     (one, _), (other, known), (again, known_again) = found
     assert other is not one and not known and again is one and known_again

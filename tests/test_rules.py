@@ -55,33 +55,33 @@ TOLERANCE = dict(
 
 @dataclass
 class Batch:
-    """N rows of S positions; `tree.class_of` is -1 where a token is dropped."""
+    """N rows of S positions; `class_of` is -1 where a token is dropped."""
 
     n: int
     s: int
-    tree: PrefixTree
+    prefix_tree: PrefixTree
     random: torch.Generator
 
     @functools.cached_property
     def class_of(self) -> torch.Tensor:
-        return torch.from_numpy(self.tree.class_of)
+        return torch.from_numpy(self.prefix_tree.class_of)
 
     @functools.cached_property
     def row(self) -> torch.Tensor:
-        return torch.from_numpy(self.tree.row)
+        return torch.from_numpy(self.prefix_tree.row)
 
     @functools.cached_property
     def position(self) -> torch.Tensor:
-        return torch.from_numpy(self.tree.position)
+        return torch.from_numpy(self.prefix_tree.position)
 
     @property
     def tokens(self) -> int:
-        return self.tree.tokens
+        return self.prefix_tree.tokens
+
+    # pack_column takes a plan; it reads these of it, and `row` and `position` of its tree
 
     @property
-    def packed(
-        self,
-    ) -> Batch:  # pack_column takes a plan; it reads its `packed.row` and `packed.position`, and these
+    def tree(self) -> Batch:
         return self
 
     @property
@@ -359,7 +359,7 @@ def run_packed(
     graphs = lowering.run()
     assert not isinstance(graphs, Unsupported), graphs
     results = graphs.prologue(*inputs)
-    tree = batch.tree
+    tree = batch.prefix_tree
     tensors = dict(
         subtree_end=torch.from_numpy(tree.subtree_end), depth=torch.from_numpy(tree.depth),
         segments=torch.from_numpy(tree.segments), positions=batch.position,

@@ -110,9 +110,9 @@ def test_windows(name, window, log):
 
 def test_windows_of_one_plan(log, monkeypatch):
     """Each copies other keys; their order is worked out once."""
-    tree, made, original = random_tree(1), [], varlen.segment_sums_of
+    tree, made, original = random_tree(1), [], varlen.sums_of_copies
     qkv = inputs(tree, heads=4)
-    monkeypatch.setattr(varlen, "segment_sums_of", lambda *given: made.append(1) or original(*given))
+    monkeypatch.setattr(varlen, "sums_of_copies", lambda *given: made.append(1) or original(*given))
 
     def both(engine):
         def attention(*x):

@@ -109,7 +109,8 @@ class _Plan:
 @click.option(
     "--budget-seconds",
     type=click.FloatRange(min=0),
-    help="Start no case after so long, nor one that wouldn't end by then; exit with 3 if some are left.",
+    help="Start no case after so long, nor one that wouldn't end by then, but at least one; exit with 3 if some are "
+    "left.",
 )
 @click.option(
     "--json", "json_file", type=_FILE, help="Keep records here; cases that it has aren't measured again."
@@ -217,7 +218,6 @@ def _measured(
     cases: Sequence[Case], known: Iterable[Record], plan: _Plan, given: dict[str, Any], console: Console
 ) -> Iterator[tuple[Case, Record]]:
     """Measure one after the other, as far as the budget goes, by the time that the known ones took."""
-    started = time.monotonic()
     chosen = {name: CONTESTANTS[name] for name in plan.names}
     longest = max(case.most_tokens for case in plan.cases)
     with _model_of(longest, given) as model, _progress(console) as progress:
@@ -226,8 +226,12 @@ def _measured(
         smallest = min(cases, key=lambda case: work_of[case.name])
         # by work, which says more about the time left than the number of cases
         task = progress.add_task("", total=sum(work_of[case.name] for case in cases), number="")
-        earlier = [record for record in known if record.took]
-        measured = list(earlier)
+        # what failed says nothing about the time that others take
+        measured = [record for record in known if record.took and not record.failed]
+        is_first = True
+        started = (
+            time.monotonic()
+        )  # a model that took the whole budget to build would take it the next time, too
         for number, case in enumerate(cases, 1):
             begun = time.monotonic()
             rate = sum(r.took for r in measured) / max(1, sum(work_of[r.name] for r in measured))
@@ -235,13 +239,14 @@ def _measured(
                 math.inf if given["budget_seconds"] is None else given["budget_seconds"] - (begun - started)
             )
             # a smaller one may end in time; if none does, the smallest is begun, or the same command would never go on
-            must_begin = case is smallest and len(measured) == len(earlier)
-            if left < (0 if must_begin else rate * work_of[case.name]):
+            must_begin = case is smallest and is_first
+            if left < (0 if must_begin else rate * work_of[case.name] + given["min_run_time"]):
                 continue
+            is_first = False
 
-            def tell(text: str, name: str = case.name, number: int = number) -> None:
+            def tell(text: str, often: bool = False, name: str = case.name, number: int = number) -> None:
                 progress.update(task, description=f"{name}: {text}", number=f"{number}/{len(cases)}")
-                if not console.is_terminal and "step" not in text:  # a log shows no bar
+                if not console.is_terminal and not often:  # a log shows no bar
                     click.echo(f"{name}: {text}", err=True)
 
             record = measure(
@@ -254,11 +259,19 @@ def _measured(
             if len(cases) > 1:
                 console.print(headline(record), markup=False, soft_wrap=True)
             progress.advance(task, work_of[case.name])
-            # the next ones may need none of this
-            compiling = sum(row.compile_seconds or 0.0 for row in record.rows)
-            record.took = max(time.monotonic() - begun - compiling, 0.0)
-            measured.append(record)
+            record.took = max(time.monotonic() - begun - _not_for_others(record, given["repeats"]), 0.0)
+            if not record.failed:
+                measured.append(record)
             yield case, record
+
+
+def _not_for_others(record: Record, repeats: int) -> float:
+    """Seconds that say nothing about the next cases: of compiling, and of steps for the sake of --min-run-time."""
+    found = 0.0
+    for row in record.rows:
+        compiling = row.first_seconds if row.median is None else row.compile_seconds
+        found += (compiling or 0.0) + sum(row.seconds[repeats:])
+    return found
 
 
 def _most_work(case: Case, work: ModelWork, phase: str) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,14 @@ from .machine import free_memory, is_out_of_memory, peak_memory, synchronize
 from .models import Model, ModelWork
 from .results import Record, Row
 
-Tell = Callable[[str], None]
+
+class Tell(Protocol):
+    """Gets a word about what is being done; `often`: too often for a log."""
+
+    def __call__(self, text: str, often: bool = False) -> None: ...
+
+
+def _silent(text: str, often: bool = False) -> None: ...
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Runner:
 
 def measure(
     case: Case, model: Model, work: ModelWork, chosen: Mapping[str, Contestant], phase: str, repeats: int,
-    options: Mapping[str, Any], tell: Tell = lambda text: None, min_run_time: float = 0,
+    options: Mapping[str, Any], tell: Tell = _silent, min_run_time: float = 0,
 ) -> Record:  # fmt: skip
     """Measure one case.
 
@@ -50,7 +57,6 @@ def measure(
         phase: "step" (forward and backward) or "forward", unless the case has its own.
         repeats: the fewest steps that are timed of each contestant.
         options: of the pgcompile backend.
-        tell: gets a word about what is being done.
         min_run_time: seconds that the timed steps of all contestants take together, at least.
     """
     device = next(model.module.parameters()).device
@@ -92,7 +98,7 @@ def measure(
             break
         batch.ids.copy_(batch.other_ids(0, model.vocab_size))  # a tree that nobody has seen: each step plans
         for runner in running:
-            tell(f"{runner.row.name}, step {repeat + 1}")
+            tell(f"{runner.row.name}, step {repeat + 1}", often=True)
             with _judged(runner.row):
                 before = stats().plan_seconds
                 seconds, _ = timed(runner, model, phase)

@@ -72,7 +72,7 @@ class Record:
         tokens, operations: of the dense batch, of its tokens without padding, and of distinct ones. Operations are
             those of linear layers and attention, forward (and backward, twice as many, in a step).
         settings: what of the command line has an influence on figures.
-        took: seconds of measuring all rows, less what they compiled.
+        took: seconds of measuring all rows, less those of compiling, and of steps for the sake of --min-run-time.
     """
 
     case: dict[str, Any]

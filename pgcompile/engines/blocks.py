@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .per_plan import once_per_plan, to_device
+from ..devices import to_device
+from .per_plan import once_per_plan
 
 
 @dataclass(frozen=True)

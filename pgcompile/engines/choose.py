@@ -58,34 +58,36 @@ def choose_for_heads(
 
 
 def engine_for(engine: str, q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scores: Scores) -> Engine:
-    """What computes one call: what `choose_for_heads` names, or, if this batch is nothing for that, the next in `AUTO`.
+    """What computes one call: what `choose_for_heads` names, or, if that can't take this batch, the next in `AUTO`.
 
     It depends on no value of q, k or v, so forward and backward get the same.
     """
     device, dtype, size = q_1HTD.device, q_1HTD.dtype, max(q_1HTD.shape[-1], v_1KTE.shape[-1])
-    name, _ = choose_for_heads(engine, device, dtype, size, scores)
-    why = []
-    while (reason := ENGINES[name].why_not_call(mask, q_1HTD, v_1KTE)) is not None:
+    first, _ = choose_for_heads(engine, device, dtype, size, scores)
+    why: list[str] = []
+    for name in AUTO[AUTO.index(first) :]:
+        chosen = ENGINES[name]
+        reason = (
+            chosen.why_not(device, dtype)
+            or chosen.why_not_heads(size, scores)
+            or chosen.why_not_call(mask, q_1HTD, v_1KTE)
+        )
+        if reason is None:
+            used = _used.get()
+            if used is not None:
+                used[name] = used.get(name) or "; ".join(why)
+            return chosen
         why.append(f"not {name}: {reason}")
-        name, _ = choose_for_heads(_after(name, device, dtype), device, dtype, size, scores)
-    used = _used.get()
-    if used is not None:
-        used[name] = used.get(name) or "; ".join(why)
-    return ENGINES[name]
+    raise AssertionError("reference computes everything")
 
 
 @contextmanager
 def engines_used() -> Iterator[dict[str, str]]:
-    """The engines that compute calls of this thread meanwhile, each with why the ones before it in `AUTO` couldn't for
-    this batch, "" for what the model's attention was given to."""
+    """The engines that compute calls of this thread meanwhile, each with why it wasn't the one that the attention's
+    report names, "" for that one itself. Attentions may differ in that; it says the first one's."""
     used: dict[str, str] = {}
     token = _used.set(used)
     try:
         yield used
     finally:
         _used.reset(token)
-
-
-def _after(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    following = AUTO[AUTO.index(name) + 1 :]
-    return next(other for other in following if ENGINES[other].why_not(device, dtype) is None)

@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..devices import to_device
 from ..modes import numerics
 from ..symbolic import dynamic_size
 from .blocks import Pairs, stable_order
 from .common import result
 from .contract import Scores, TreeMask
-from .per_plan import once_per_plan, to_device
+from .per_plan import once_per_plan
 from .triton import why_no_triton
 
 # Tokens of a block, FlexAttention's own default.

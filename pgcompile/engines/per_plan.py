@@ -23,8 +23,3 @@ def once_per_plan(segments_M5: Tensor, key: tuple, build: Callable[[], Built]) -
         with torch.inference_mode(False):  # a training step may come back to the plan
             built[key] = build()
     return built[key]
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting: a copy from memory that isn't pinned may wait for everything that was launched before."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -20,12 +20,13 @@ Shapes by suffix as in reference.py, M segments, P segments on the longest path;
 import torch
 from torch import Tensor
 
-from ..copies import add_copies, segment_sums_of, sum_dtype
+from ..copies import sums_of_copies
+from ..devices import to_device
 from . import flash_kernels, reference
 from .common import merge_, result, with_positive_scale
 from .contract import Scores, TreeMask
 from .flash_kernels import CAUSAL, EVERYTHING, Call, Tokens
-from .per_plan import once_per_plan, to_device
+from .per_plan import once_per_plan
 
 # The largest head size of the kernels; what head sizes and strides have to be multiples of, since 16 bytes are loaded
 # at a time; and the most sequences of a call, which are the second dim of a CUDA grid.
@@ -84,10 +85,9 @@ def attention_backward(
     first, *levels = planned_calls(mask, q, k)
     grads = list(flash_kernels.backward(first, tensors, lse_TH, scores))
     if isinstance(first.keys, Tensor):  # keys were copied
-        copies, dtype = first.keys, sum_dtype(k)
-        key = ("copies of varlen", mask.window, dtype, q.device)
-        sums = once_per_plan(mask.segments_M5, key, lambda: segment_sums_of(copies, len(k), dtype))
-        grads[1:] = [add_copies(grad, sums, len(k)) for grad in grads[1:]]
+        copies, key = first.keys, ("copies of varlen", mask.window, k.dtype, k.device)
+        sums = once_per_plan(mask.segments_M5, key, lambda: sums_of_copies(copies, len(k), k.dtype))
+        grads[1:] = map(sums, grads[1:])
     if levels:
         grads = [grad.to(reference.compute_dtype(q)) for grad in grads]
     for call in levels:

@@ -95,6 +95,27 @@ def test_the_host_waits_once(chunked):
     assert len(waits) == 1 + chunked, waits
 
 
+def test_each_stream_has_its_own_tree():
+    """What one stream copies and works out isn't waited for on another."""
+    model = small_llama()
+    fast = compiled(loss, {"inner": "eager", "strict": True}, dynamic=True)
+    batch = batch_on_gpu(0, "both")
+    side = torch.cuda.Stream()
+    pgcompile.reset_stats()
+    found = []
+    for stream in (torch.cuda.current_stream(), side, side):
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            fast(model, *batch).backward()
+        torch.cuda.synchronize()
+        found.append(([p.grad for p in model.parameters()], pgcompile.stats().plans_reused))
+    (expected, _), *others = found
+    assert [reused for _, reused in found] == [0, 0, 1]
+    for gradients, _ in others:
+        torch.testing.assert_close(gradients, expected, rtol=2**-6, atol=2**-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_gathers_and_their_gradients(dtype):
     """Against indexing in float64; most copies are of one token, or of none."""
