@@ -527,6 +527,20 @@ def test_the_version_names_the_state_of_the_sources(monkeypatch):
     assert machine.describe(CPU)["versions"]["pgcompile"] != version
 
 
+def test_sources_that_are_reached_through_links_have_the_same_version(monkeypatch, tmp_path):
+    """As in the tree that mypy reads, where folders are links too."""
+    version = machine.describe(CPU)["versions"]["pgcompile"]
+    package = tmp_path / "pgcompile"
+    package.mkdir()
+    for part in Path(pgcompile.__file__).parent.iterdir():
+        (package / part.name).symlink_to(part)
+    (package / "passes").unlink(missing_ok=True)
+    (package / "passes").symlink_to(pgcompile.passes.__path__[0])
+    monkeypatch.setattr(machine, "__file__", str(package / "bench" / "machine.py"))
+    monkeypatch.setattr(pgcompile.passes, "__path__", [str(package / "passes")])
+    assert machine.describe(CPU)["versions"]["pgcompile"] == version
+
+
 def test_the_kernels_of_dense_attention_have_a_name():
     assert machine._dense_attention(CPU) == "FLASH_ATTENTION"
 

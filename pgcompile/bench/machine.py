@@ -68,8 +68,9 @@ def _own_version() -> str:
 
     digest = hashlib.sha256()
     folders = Path(__file__).parent.parent, Path(passes.__path__[0])
-    for folder in (f.resolve() for f in folders):  # rglob doesn't follow links
-        for file in sorted(folder.rglob("*.py")):
+    for folder in folders:
+        files = (Path(at, n) for at, _, names in os.walk(folder, followlinks=True) for n in names)
+        for file in sorted(f for f in files if f.suffix == ".py"):
             place = file.relative_to(folder)
             if place.parts[0] not in ("bench", "cli", "coverage", "passes"):  # the last is the other folder
                 digest.update(f"{place}\n".encode() + file.read_bytes())
