@@ -25,9 +25,9 @@ Written by `{command}`.
 A step is the forward and backward pass of a loss over the answers' log-probabilities, each times its row's advantage;
 logits are computed for the answers only, and the optimizer isn't included. Where *forward* stands behind a case, it is
 the forward pass alone, under `no_grad`. Weights are random. Contestants take turns in one process, after each has been
-checked: its log-probabilities and gradients are no further from those of the dense model in higher precision than twice
-what dense eager is. What differs more gets no figure. Each turn has other tokens, with the same common prefixes: as in
-training, every step finds out anew what is shared.
+checked: its log-probabilities and its gradient are no further from those of the dense model in higher precision than
+twice what dense eager is (that of a single parameter: four times). What differs more gets no figure. Each turn has
+other tokens, with the same common prefixes: as in training, every step finds out anew what is shared.
 
 *speed-up*: over the faster of those dense contestants that are listed (`dense` is eager, `dense-compiled` inductor), on
 SDPA's causal fast path and without a mask.
