@@ -852,7 +852,24 @@ def test_the_page_keeps_machines_and_settings_apart():
     assert "1 timed step of each" in text and "1 to 3 timed steps of each" in text
     assert "| **a\\|b** |" in text and "| pgcompile | 2.00 s | 2.00 | 2.00 | 100% | 2.00–2.00 s |" in text
     assert text.count("51%") == 2  # 1e15 in 2 s and 2e15 in 4 s, of 989e12, on the H200 only
-    assert "Below 95%" not in text
+    assert "Below 95%" not in text and "Without figures" not in text
+
+
+def test_the_page_says_in_which_cases_there_are_no_figures():
+    records = []
+    for name in ("one", "two", "three"):
+        record = Record(
+            {"name": name, "prompt": 1}, "step", dict.fromkeys(("dense", "valid", "distinct"), 8),
+            {"dense": 2, "valid": 2, "distinct": 1},
+        )  # fmt: skip
+        status = "measured" if name == "two" else "out of memory"
+        record.rows = [Row("dense", status, "tried"), Row("trl-tree", "unavailable", "needs CUDA")]
+        record.machine = dict(device="CPU", processor="Xeon", threads=2, python="3.12", versions={})
+        record.settings = dict(model="m", layers=None, dtype="fp32", repeats=1)
+        records.append(record)
+    text = page(records, {}, "pgcompile bench --markdown x")
+    found = text.split("Without figures:\n\n")[1]
+    assert found == "- one; three: dense: out of memory: tried\n- trl-tree: unavailable: needs CUDA\n"
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,24 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
         for row in record.rows:
             if row.status in ("measured", "wrong", "out of memory", "error"):
                 lines.append(_line([row.name, *(cell(record, row) for cell in columns.values())]))
-    missing = list(dict.fromkeys(reason for record in records for reason in reasons(record)))
-    lines += ["", "Without figures:", "", *(f"- {reason}" for reason in missing)] if missing else []
+    missing = _without_figures(records)
+    lines += ["", "Without figures:", "", *missing] if missing else []
     below = [_below(record, notes) for record in records]
     explained = [text for text in below if text is not None]
     lines += ["", "Below 95% of the ideal:", "", *explained] if explained else []
     return "\n".join([*lines, ""])
+
+
+def _without_figures(records: Sequence[Record]) -> list[str]:
+    """Each reason with its cases, if these aren't all."""
+    cases: dict[str, list[str]] = {}
+    for record in records:
+        for reason in reasons(record):
+            cases.setdefault(reason, []).append(record.name)
+    return [
+        f"- {reason}" if len(names) == len(records) else f"- {'; '.join(names)}: {reason}"
+        for reason, names in cases.items()
+    ]
 
 
 def _timed_steps(records: Sequence[Record]) -> str:
