@@ -832,20 +832,25 @@ def test_the_table_fits(config, measured, width):
     assert result.output.index("efficiency") < result.output.index("─")  # in the first table, however narrow
 
 
+def record_on_a_page(name, device, dtype, operations=2):
+    record = Record(
+        {"name": name, "prompt": 1}, "step", dict.fromkeys(("dense", "valid", "distinct"), 8),
+        {"dense": operations, "valid": operations, "distinct": operations / 2},
+    )  # fmt: skip
+    record.machine = dict(
+        device=device, processor="Xeon", threads=2, python="3.12", versions={"torch": "2.13"}
+    )
+    record.settings = dict(model="m", layers=None, dtype=dtype, repeats=1)
+    record.date, record.command = "2026-01-02T03:04:05+00:00", "pgcompile bench"
+    return record
+
+
 def test_the_page_keeps_machines_and_settings_apart():
     records = []
     for device, dtype in (("NVIDIA H200", "bf16"), ("CPU", "fp32")):
-        record = Record(
-            {"name": "a|b", "prompt": 1}, "step", dict.fromkeys(("dense", "valid", "distinct"), 8),
-            {"dense": 2e15, "valid": 2e15, "distinct": 1e15},
-        )  # fmt: skip
+        record = record_on_a_page("a|b", device, dtype, 2e15)
         steps = 3 if device == "CPU" else 1
         record.rows = [Row("dense", is_dense=True, seconds=[4.0]), Row("pgcompile", seconds=[2.0] * steps)]
-        record.machine = dict(
-            device=device, processor="Xeon", threads=2, python="3.12", versions={"torch": "2.13"}
-        )
-        record.settings = dict(model="m", layers=None, dtype=dtype, repeats=1)
-        record.date, record.command = "2026-01-02T03:04:05+00:00", "pgcompile bench"
         records.append(record)
     text = page(records, {}, "pgcompile bench --markdown x")
     assert text.count("\n## ") == 2 and "NVIDIA H200 (Xeon), 2 threads" in text
@@ -858,14 +863,9 @@ def test_the_page_keeps_machines_and_settings_apart():
 def test_the_page_says_in_which_cases_there_are_no_figures():
     records = []
     for name in ("one", "two", "three"):
-        record = Record(
-            {"name": name, "prompt": 1}, "step", dict.fromkeys(("dense", "valid", "distinct"), 8),
-            {"dense": 2, "valid": 2, "distinct": 1},
-        )  # fmt: skip
+        record = record_on_a_page(name, "CPU", "fp32")
         status = "measured" if name == "two" else "out of memory"
         record.rows = [Row("dense", status, "tried"), Row("trl-tree", "unavailable", "needs CUDA")]
-        record.machine = dict(device="CPU", processor="Xeon", threads=2, python="3.12", versions={})
-        record.settings = dict(model="m", layers=None, dtype="fp32", repeats=1)
         records.append(record)
     text = page(records, {}, "pgcompile bench --markdown x")
     found = text.split("Without figures:\n\n")[1]

@@ -110,7 +110,7 @@ def by_rows(model: Model, batch: Batch, phase: str, wide: torch.dtype) -> Outcom
     """
     try:
         return _by_rows(model, batch, phase, wide)
-    except Exception as error:
+    except Exception as error:  # memory that isn't there has no type of its own; all else is raised again
         if phase != "step" or not is_out_of_memory(error):
             raise
     free_memory()  # of the frames that raised

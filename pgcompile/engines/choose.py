@@ -1,6 +1,6 @@
 """Which engine runs a call, and why: the answer goes into the report."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -23,12 +23,8 @@ def choose(engine: str, device: torch.device, dtype: torch.dtype) -> tuple[str, 
     ValueError for any other string, naming the valid choices, and for an engine that can't run here, with its reason.
     """
     if engine == "auto":
-        words = ["the fastest that can run here"]
-        for name in AUTO:  # no further than needed: each attention asks
-            reason = ENGINES[name].why_not(device, dtype)
-            if reason is None:
-                return name, "; ".join(words)
-            words.append(f"not {name}: {reason}")
+        name, refused = _first_able(AUTO, lambda engine: engine.why_not(device, dtype))
+        return name, "; ".join(["the fastest that can run here", *refused])
     if engine not in ENGINES:
         raise ValueError(
             f"unknown attention engine {engine!r}: choose one of {', '.join(['auto', *ENGINES])}"
@@ -64,20 +60,28 @@ def engine_for(engine: str, q_1HTD: Tensor, v_1KTE: Tensor, mask: TreeMask, scor
     """
     device, dtype, size = q_1HTD.device, q_1HTD.dtype, max(q_1HTD.shape[-1], v_1KTE.shape[-1])
     first, _ = choose_for_heads(engine, device, dtype, size, scores)
-    why: list[str] = []
-    for name in AUTO[AUTO.index(first) :]:
-        chosen = ENGINES[name]
-        reason = (
-            chosen.why_not(device, dtype)
-            or chosen.why_not_heads(size, scores)
-            or chosen.why_not_call(mask, q_1HTD, v_1KTE)
-        )
+    name, refused = _first_able(
+        AUTO[AUTO.index(first) :],
+        lambda engine: (
+            engine.why_not(device, dtype)
+            or engine.why_not_heads(size, scores)
+            or engine.why_not_call(mask, q_1HTD, v_1KTE)
+        ),
+    )
+    used = _used.get()
+    if used is not None:
+        used[name] = used.get(name) or "; ".join(refused)
+    return ENGINES[name]
+
+
+def _first_able(names: Sequence[str], why_not: Callable[[Engine], str | None]) -> tuple[str, list[str]]:
+    """The first that nothing keeps from it, and why each before it was passed over; no further is asked."""
+    refused: list[str] = []
+    for name in names:
+        reason = why_not(ENGINES[name])
         if reason is None:
-            used = _used.get()
-            if used is not None:
-                used[name] = used.get(name) or "; ".join(why)
-            return chosen
-        why.append(f"not {name}: {reason}")
+            return name, refused
+        refused.append(f"not {name}: {reason}")
     raise AssertionError("reference computes everything")
 
 
