@@ -226,15 +226,15 @@ def _measured(
         smallest = min(cases, key=lambda case: work_of[case.name])
         # by work, which says more about the time left than the number of cases
         task = progress.add_task("", total=sum(work_of[case.name] for case in cases), number="")
-        # what failed says nothing about the time that others take
-        measured = [record for record in known if record.took and not record.failed]
+        measured = list(known)
         is_first = True
-        started = (
-            time.monotonic()
-        )  # a model that took the whole budget to build would take it the next time, too
+        # not before the model is built: if that took the whole budget, it would the next time, too
+        started = time.monotonic()
         for number, case in enumerate(cases, 1):
             begun = time.monotonic()
-            rate = sum(r.took for r in measured) / max(1, sum(work_of[r.name] for r in measured))
+            # what failed says nothing about the time that others take
+            telling = [record for record in measured if record.took and not record.failed]
+            rate = sum(r.took for r in telling) / max(1, sum(work_of[r.name] for r in telling))
             left = (
                 math.inf if given["budget_seconds"] is None else given["budget_seconds"] - (begun - started)
             )
@@ -260,8 +260,7 @@ def _measured(
                 console.print(headline(record), markup=False, soft_wrap=True)
             progress.advance(task, work_of[case.name])
             record.took = max(time.monotonic() - begun - _not_for_others(record, given["repeats"]), 0.0)
-            if not record.failed:
-                measured.append(record)
+            measured.append(record)
             yield case, record
 
 
