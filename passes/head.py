@@ -18,6 +18,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from .graph import ancestors, aten, descendants, is_mode_switch
@@ -62,9 +63,11 @@ def split_head(
     passed = [n for n in feeding if n.op not in ("placeholder", "get_attr")]
     trunk = _subgraph(packed, [results[i] for i in trunk_outputs] + passed)
     sources = [replace(s, index=len(trunk_outputs) + s.index) if s.kind == "trunk" else s for s in sources]
+    narrow = [results[o.index] for o in outputs if not o.is_wide]
+    looked_into = [results[index] for _, index in lookups]
     return Head(
-        trunk, trunk_outputs, _head_module(packed, order, region, list(feeding), [results[o.index] for o in outputs]),
-        sources, outputs, _requests(late, [node for node, _ in lookups]), [index for _, index in lookups], width,
+        trunk, trunk_outputs, _head_module(packed, order, region, list(feeding), narrow, looked_into, width), sources,
+        outputs, _requests(late, [node for node, _ in lookups]), [index for _, index in lookups], width,
         widest[0].meta["packed"][1].itemsize,
         [n.name for n in order if n in region], SCORED in widest[0].meta["packed"][0],
     )  # fmt: skip
@@ -158,14 +161,21 @@ def _head_module(
     order: list[fx.Node],
     region: set[fx.Node],
     feeding: list[fx.Node],
-    outputs: list[fx.Node],
+    narrow: list[fx.Node],
+    looked_into: list[fx.Node],
+    width: int,
 ) -> fx.GraphModule:
     graph = fx.Graph()
     env = {node: graph.placeholder(node.name) for node in feeding}
+    requests = [(graph.placeholder("index"), graph.placeholder("column")) for _ in looked_into]
     for node in order:
         if node in region or is_mode_switch(node):
             env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in outputs))
+    entries = []
+    for node, request in zip(looked_into, requests, strict=True):
+        rows = graph.call_function(aten.reshape.default, (env[node], [-1, width]))
+        entries.append(graph.call_function(torch.ops.pgcompile.gather_entries.default, (rows, *request)))
+    graph.output((*(env[n] for n in narrow), *entries))
     drop_dead(graph)
     return module_of(gm, graph)
 

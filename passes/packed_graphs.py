@@ -56,7 +56,8 @@ class Head:
     Args:
         trunk: `(*inputs of the packed graph) -> (*packed outputs that it has, *values for the head)`.
         trunk_outputs: which output of the packed graph each of the trunk's first results is.
-        head: `(*inputs as in `sources`) -> results as in `outputs``, for any number of tokens.
+        head: `(*inputs as in `sources`, *index [M] and column [M, K] of each request) -> (*narrow results as in
+            `outputs`, *entries [M, K] of each request)`, for any number of tokens.
         requests: `(*late inputs) -> [(index [M], column [M, K]), ...]`: the label lookups, in the late graph's order.
         request_outputs: the packed output that each of them looks into.
         width, itemsize: V, of the widest values, and bytes of one of their numbers.

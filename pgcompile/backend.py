@@ -22,16 +22,17 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
+from .artifacts import Family, family_of
 from .breaks import break_behind
 from .calibration import read_speed
-from .chunks import Lookup, chunk_size, number_of_chunks, run_head
+from .chunks import ChunkedHead, Lookup, chunk_size, number_of_chunks
 from .columns import DenseCall, batch_sizes, rows_first
 from .cost import Cost, Speed, count_work, saved_work, why_not_worth_it
 from .engines import Scores
 from .engines.choose import choose_for_heads, engines_used
 from .errors import backward_failures, belongs_to_caller
 from .generation import compiled_module, keep_generation_out
-from .inner import DenseGraph, Family, compiled_packed, compiling, family_of
+from .inner import DenseGraph, compiling
 from .modes import GlobalModes, modes
 from .options import Options
 from .packed_tree import PackedTrees
@@ -41,6 +42,7 @@ from .passes.layout import POSITION, ROW, Dim
 from .passes.numbers import with_numbers
 from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import HARMLESS, Unsupported
+from .passes.verify import fake_inputs
 from .plan import Plan, build_plan, kept_elements
 from .report import AttentionReport, BatchReport, FallbackError, GraphReport, describe, log
 
@@ -175,6 +177,7 @@ class PackedCall:
         self.dense = DenseGraph(compilation, options)
         self.numbers = compilation.numbers
         self.families: dict[Any, Family] = {}
+        self.head = None if self.graphs.head is None else ChunkedHead(self.graphs.head, options)
         self.trees = PackedTrees()
         inputs = enumerate(self.graphs.inputs)
         self.made_inputs = [(at, spec) for at, spec in inputs if spec.kind != "argument"]
@@ -205,9 +208,8 @@ class PackedCall:
             lookups = self._lookups(args, results, plan, report.head_chunks)
             with engines_used() as report.engines:
                 packed = run(*inputs)
-            if self.graphs.head is not None and report.head_chunks:
-                tokens = self._head_tokens(plan)
-                packed = run_head(self.graphs.head, packed, inputs, lookups, tokens, report.head_chunks)
+            if self.head is not None and report.head_chunks:
+                packed = self.head.run(packed, inputs, lookups, self._head_tokens(plan), report.head_chunks)
             outputs = self._late(args, results, packed, plan)
         except Exception as error:  # the same: nothing has been written to
             switches.restore()
@@ -277,12 +279,18 @@ class PackedCall:
             report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.tree.device)
             if report.head_chunks:
                 graphs = replace(graphs, packed=graphs.head.trunk)
+
+        def examples(sizes: Sequence[Any]) -> list[Any]:
+            made = fake_inputs(graphs, self.aten, *sizes)
+            assert isinstance(made, list)  # or `verify` would have refused the graph
+            return made
+
+        sizes = (plan.tokens, None, plan.scored.tokens if plan.scored is not None else None)
         key = modes(), report.head_chunks > 0
         family = self.families.get(key)
         if family is None:
-            family = self.families[key] = family_of(graphs, self.aten, self.options)
-        scored = 0 if plan.scored is None else plan.scored.tokens
-        return compiled_packed(family, graphs, self.aten, plan.tokens, scored, self.options)
+            family = self.families[key] = family_of(graphs.packed, examples, len(sizes), self.options)
+        return family.compiled(graphs.packed, examples, sizes, self.options)
 
     @functools.cached_property
     def eager_packed(self) -> fx.GraphModule:
@@ -292,9 +300,10 @@ class PackedCall:
         """Those of a head in chunks."""
         if self.graphs.head is None or chunks == 0:
             return []
-        tokens = self._head_tokens(plan)
+        tokens, width = self._head_tokens(plan), self.graphs.head.width
         requests = self.graphs.head.requests(*self._late_inputs(args, results, None, plan))
-        return [Lookup(index, column, tokens, chunk_size(tokens, chunks)) for index, column in requests]
+        size = chunk_size(tokens, chunks)
+        return [Lookup(index, column, tokens, size, width) for index, column in requests]
 
     def _head_tokens(self, plan: Plan) -> int:
         assert self.graphs.head is not None

@@ -6,21 +6,26 @@ chunk answers for its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .passes.packed_graphs import Head
+from .artifacts import Family, family_of
+from .modes import modes
+from .ops import check_columns
+from .options import Options
+from .passes.packed_graphs import Head, Source
 from .passes.unpack import Gathered
 
 # Above WHOLE_BYTES, [T, V] runs in chunks of CHUNK_BYTES. Each chunk reads the weight and adds to its gradient, which
-# has to be little beside its tokens' work, and runs uncompiled, twice. So on a large GPU both are larger, shares of
-# its memory (not yet measured): whole, the head takes about four times the size of [T, V] in half precision.
+# has to be little beside its tokens' work, and runs twice. So on a large GPU both are larger, shares of its memory (not
+# yet measured): whole, the head takes about four times the size of [T, V] in half precision, a quarter of the memory at
+# most. (The original takes as much, at least.)
 WHOLE_BYTES, CHUNK_BYTES = 1 << 30, 1 << 26
-GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 32, 64
+GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 16, 64
 
 
 def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
@@ -33,48 +38,93 @@ def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
     return -(-nbytes // chunk) if nbytes > whole else 0
 
 
-def run_head(
-    head: Head,
-    values: Sequence[Any],
-    inputs: Sequence[Any],
-    lookups: Sequence[Lookup],
-    tokens: int,
-    chunks: int,
-) -> list[Any]:
-    """The packed graph's outputs, with a `Gathered` for each that is wide.
+class ChunkedHead:
+    """A head that runs in chunks, compiled on first use for any number of tokens in them.
 
     Args:
-        values: the trunk's results; `inputs`: those of the packed graph.
-        lookups: of labels, one for each of the head's requests.
-        tokens, chunks: T, and in how many parts.
+        options: name the inner compiler.
     """
-    arguments = [(values if s.kind == "trunk" else inputs)[s.index] for s in head.sources]
-    size = chunk_size(tokens, chunks)
-    pieces = [
-        a.split(size, dim=s.token_dim) if s.token_dim is not None else _shared(a)
-        for a, s in zip(arguments, head.sources, strict=True)
-    ]
-    narrow: list[list[Tensor]] = [[] for o in head.outputs if not o.is_wide]
-    found: list[list[Tensor]] = [[] for _ in lookups]
-    for number in range(-(-tokens // size)):
-        part = [p[number] if isinstance(p, tuple) else p for p in pieces]
-        asked = [lookup.of(number) for lookup in lookups]
-        results = _run_chunk(head, part, asked)
-        for into, result in zip((*narrow, *found), results, strict=True):
-            into.append(result)
-    dims = [o.token_dim for o in head.outputs if not o.is_wide]
-    whole = iter(torch.cat(parts, dim=dim) for parts, dim in zip(narrow, dims, strict=True))
-    entries = [lookup.collect(parts) for lookup, parts in zip(lookups, found, strict=True)]
-    out: list[Any] = [None] * (len(head.trunk_outputs) + len(head.outputs))
-    for at, value in zip(head.trunk_outputs, values, strict=False):
-        out[at] = value
-    for output in head.outputs:
-        if output.is_wide:
-            own = [e for e, index in zip(entries, head.request_outputs, strict=True) if index == output.index]
-            out[output.index] = Gathered(own, own[0].dtype, head.width)
-        else:
-            out[output.index] = next(whole)
-    return out
+
+    def __init__(self, head: Head, options: Options) -> None:
+        self.head, self.options = head, options
+        self.families: dict[Any, Family] = {}
+
+    def run(
+        self,
+        values: Sequence[Any],
+        inputs: Sequence[Any],
+        lookups: Sequence[Lookup],
+        tokens: int,
+        chunks: int,
+    ) -> list[Any]:
+        """The packed graph's outputs, with a `Gathered` for each that is wide.
+
+        Args:
+            values: the trunk's results; `inputs`: those of the packed graph.
+            lookups: of labels, one for each of the head's requests.
+            tokens, chunks: T, and in how many parts.
+        """
+        head, size = self.head, chunk_size(tokens, chunks)
+        arguments = [(values if s.kind == "trunk" else inputs)[s.index] for s in head.sources]
+        pieces = [
+            _shared(a) if s.token_dim is None else a.split(size, dim=s.token_dim)
+            for a, s in zip(arguments, head.sources, strict=True)
+        ]
+        results = []
+        for number in range(-(-tokens // size)):
+            part = [p[number].contiguous() if isinstance(p, tuple) else p for p in pieces]
+            asked = [lookup.of(number) for lookup in lookups]
+            results.append(self._run_chunk(part, asked))
+        columns = iter(zip(*results, strict=True))
+        narrow = {
+            o.index: torch.cat(list(next(columns)), dim=o.token_dim) for o in head.outputs if not o.is_wide
+        }
+        entries = [lookup.collect(next(columns)) for lookup in lookups]
+        out: list[Any] = [None] * (len(head.trunk_outputs) + len(head.outputs))
+        for at, value in zip(head.trunk_outputs, values, strict=False):
+            out[at] = value
+        for output in head.outputs:
+            if output.is_wide:
+                own = [
+                    e for e, index in zip(entries, head.request_outputs, strict=True) if index == output.index
+                ]
+                out[output.index] = Gathered(own, own[0].dtype, head.width)
+            else:
+                out[output.index] = narrow[output.index]
+        return out
+
+    def _run_chunk(self, part: list[Tensor], asked: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+        call = self._compiled(part, asked)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            typed = [t.to(s.dtype) for t, s in zip(tensors, self.head.sources, strict=True)]
+            results: Sequence[Tensor] = call(*typed, *(x for request in asked for x in request))
+            return results
+
+        if not torch.is_grad_enabled():
+            return run(*part)
+        results: Sequence[Tensor] = checkpoint(run, *part, use_reentrant=False, preserve_rng_state=False)
+        return results
+
+    def _compiled(self, part: list[Tensor], asked: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+        graph, sources = self.head.head, self.head.sources
+        tokens = next(
+            x.shape[s.token_dim] for x, s in zip(part, sources, strict=True) if s.token_dim is not None
+        )
+        if tokens == 1:  # sizes of 1 are special to compilers
+            return graph
+
+        def examples(sizes: Sequence[Any]) -> list[Any]:
+            made = [_like(x, s, sizes[0]) for x, s in zip(part, sources, strict=True)]
+            for request, copies in zip(asked, sizes[1:], strict=True):
+                made += [torch.empty((copies, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in request]
+            return made
+
+        sizes = (tokens, *(None for _ in asked))
+        family = self.families.get(modes())
+        if family is None:
+            family = self.families[modes()] = family_of(graph, examples, len(sizes), self.options)
+        return family.compiled(graph, examples, sizes, self.options)
 
 
 def chunk_size(tokens: int, chunks: int) -> int:
@@ -88,20 +138,14 @@ def _shared(x: Any) -> Any:
     return x.float() if is_half and torch.is_grad_enabled() else x
 
 
-def _run_chunk(head: Head, part: list[Any], asked: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        results = head.head(*(t.to(s.dtype) for t, s in zip(tensors, head.sources, strict=True)))
-        by_output = {o.index: r for o, r in zip(head.outputs, results, strict=True)}
-        narrow = [by_output[o.index] for o in head.outputs if not o.is_wide]
-        entries = [
-            torch.ops.pgcompile.gather_entries(by_output[index].reshape(-1, head.width), *request)
-            for index, request in zip(head.request_outputs, asked, strict=True)
-        ]
-        return (*narrow, *entries)
-
-    if not torch.is_grad_enabled():
-        return run(*part)
-    return checkpoint(run, *part, use_reentrant=False, preserve_rng_state=False)
+def _like(x: Tensor, source: Source, tokens: Any) -> Tensor:
+    """What the compiler shall see of an input of the head, under the active fake mode."""
+    shape = [tokens if dim == source.token_dim else size for dim, size in enumerate(x.shape)]
+    if source.token_dim is None:
+        made = torch.empty_strided(shape, x.stride(), dtype=source.dtype, device=x.device)
+    else:
+        made = torch.empty(shape, dtype=source.dtype, device=x.device)
+    return made.requires_grad_(x.requires_grad)
 
 
 class Lookup:
@@ -111,11 +155,13 @@ class Lookup:
 
     Args:
         index: packed index [M], -1 where dropped.
-        column: [M, K].
+        column: [M, K], checked here.
         tokens, size: T, and of a chunk.
+        width: V.
     """
 
-    def __init__(self, index: Tensor, column: Tensor, tokens: int, size: int) -> None:
+    def __init__(self, index: Tensor, column: Tensor, tokens: int, size: int, width: int) -> None:
+        check_columns(index, column, width)
         sorted_index, self.order = index.sort(stable=True)
         self.column, self.size = column[self.order], size
         edges = torch.arange(0, tokens + size, size, device=index.device).clamp(max=tokens)
@@ -128,9 +174,9 @@ class Lookup:
         part = slice(self.edges[number], self.edges[number + 1])
         return self.index[part] - number * self.size, self.column[part]
 
-    def collect(self, parts: list[Tensor]) -> Tensor:
+    def collect(self, parts: Sequence[Tensor]) -> Tensor:
         """Entries [M, K] in the order of the batch; zeros at dropped tokens, which came first."""
-        found = torch.cat(parts)
+        found = torch.cat(list(parts))
         dropped = found.new_zeros(self.edges[0], found.shape[1])
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(self.copies, device=back.device)

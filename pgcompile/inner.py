@@ -1,8 +1,4 @@
-"""The inner compiler: packed and dense graphs → callables, with artifacts shared by equal graphs.
-
-The packed graph is handed to the inner compiler directly, with T dynamic in a fresh ShapeEnv; no guard on T may be
-left. Two graphs with the same operations, constants and input types (a static and a dynamic trace of one model, say)
-share artifacts: parameters are inputs.
+"""The inner compiler, and the original graph through it.
 
 Compiling happens under Dynamo's own lock: tracing patches `nn.Module` for all threads, and another one may be
 building guards.
@@ -11,8 +7,6 @@ building guards.
 from __future__ import annotations
 
 import functools
-import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,18 +20,13 @@ from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from . import stats
 from .modes import modes
+from .ops import DECOMPOSITIONS
 from .options import Options
 from .passes.checkpoint import without_compiler
 from .passes.numbers import with_numbers
-from .passes.packed_graphs import PackedGraphs
 from .passes.pipeline import Compilation
-from .passes.verify import fake_inputs as packed_inputs
 from .report import log
-from .symbolic import dynamic_size
-
-Bounds = tuple[float, float]
 
 
 @contextmanager
@@ -49,44 +38,16 @@ def compiling() -> Iterator[None]:
         yield
 
 
-class Artifact:
-    """A compiled packed graph, and the numbers of tokens, and of scored ones, that it serves.
-
-    These are all, unless the inner compiler chose code by size. (Inductor's C++ code sums more than 4096 numbers in
-    another way than fewer, and guards on that.)
-    """
-
-    def __init__(
-        self, call: Callable[..., Any], tokens: Bounds = (0, math.inf), scored: Bounds = (0, math.inf)
-    ) -> None:
-        self.call, self.tokens, self.scored = call, tokens, scored
-
-    def serves(self, tokens: int, scored: int) -> bool:
-        return self.tokens[0] <= tokens <= self.tokens[1] and self.scored[0] <= scored <= self.scored[1]
-
-
-class Family:
-    """The artifacts of one packed graph, and failed attempts to make one; a class so that it can be held weakly."""
-
-    MOST = 8  # attempts to compile it, as Dynamo's recompile_limit
-
-    def __init__(self) -> None:
-        self.artifacts: list[Artifact] = []
-        self.failures: list[str] = []
-
-
-_families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
-
-
 def compile_inner(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Options, cuda_graphs: bool = True
 ) -> Callable[..., Any]:
-    """Give a graph to the inner compiler that `options` names (which isn't "eager").
+    """Give a copy of a graph to the inner compiler that `options` names (which isn't "eager").
 
     Args:
         cuda_graphs: False for none, whatever the mode: each number of tokens would be recorded anew, and each replay
             copy all parameters, which are inputs here.
     """
+    gm = _copy(gm)
     if options.check == 0:
         return _compile_inner(gm, inputs, options, cuda_graphs)
     # `check` runs backward twice; cached kernels may overwrite what it saved (whether they do is in no cache key)
@@ -103,115 +64,18 @@ def _compile_inner(
         return aot_eager(gm, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     patches = dict(list_mode_options(options.inner_mode)) if options.inner_mode else {}
     if not cuda_graphs:
         patches |= {"triton.cudagraphs": False}
     if options.check:
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
+    has_own = any(node.target in DECOMPOSITIONS for node in gm.graph.nodes)
+    decompositions = {**select_decomp_table(), **DECOMPOSITIONS} if has_own else None
+    compiled = compile_fx(gm, list(inputs), config_patches=patches or None, decompositions=decompositions)
     assert callable(compiled)  # anything else is for AOTInductor
     return compiled
-
-
-def family_of(graphs: PackedGraphs, aten_gm: fx.GraphModule, options: Options) -> Family:
-    """The artifacts for a packed graph, shared with equal graphs."""
-    key = (
-        structure(graphs.packed),
-        _types(graphs, aten_gm),
-        options.inner,
-        options.inner_mode,
-        options.check == 0,
-        modes(),
-    )
-    with compile_lock:
-        return _families.setdefault(key, Family())
-
-
-def compiled_packed(
-    family: Family, graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, scored: int, options: Options
-) -> Callable[..., Any]:
-    """The compiled packed graph for numbers of tokens and scored tokens; compiles it on first use.
-
-    Raises:
-        RuntimeError: if the inner compiler failed, or specialised on the number of tokens, too many times before.
-        Exception: whatever it raises.
-    """
-    for artifact in family.artifacts:
-        if artifact.serves(tokens, scored):
-            return artifact.call
-    with compiling():
-        if not any(a.serves(tokens, scored) for a in family.artifacts):
-            if len(family.artifacts) + len(family.failures) >= family.MOST:
-                last = f", the last one with {family.failures[-1]}" if family.failures else ""
-                text = (
-                    f"the inner compiler was called {family.MOST} times for numbers of tokens, and failed in "
-                )
-                raise RuntimeError(f"{text}{len(family.failures)} of them{last}")
-            try:
-                family.artifacts.append(_compile_packed(graphs, aten_gm, tokens, scored, options))
-            except Exception as error:  # raised again, and counted
-                family.failures.append(f"{type(error).__name__}: {error}")
-                raise
-            stats.count(compiles=1)
-    return next(a.call for a in family.artifacts if a.serves(tokens, scored))
-
-
-def _compile_packed(
-    graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: int, scored: int, options: Options
-) -> Artifact:
-    if options.inner == "eager":
-        return Artifact(without_compiler(graphs.packed))
-    env = ShapeEnv()
-    # hints of what isn't known are odd and large: a size equal to another one could be taken for it
-    sizes = [dynamic_size(env, "tokens", tokens), dynamic_size(env, "scored", scored or 100019)]
-    segments = dynamic_size(env, "segments", 100003)
-    symbols = [size.node.expr for size in sizes]  # once specialised, a size no longer shows its symbol
-    segment = segments.node.expr
-    with FakeTensorMode(shape_env=env):
-        inputs = packed_inputs(graphs, aten_gm, sizes[0], segments, sizes[1])
-    assert isinstance(inputs, list)  # or `verify` would have refused the graph
-    call = compile_inner(_copy(graphs.packed), inputs, options, cuda_graphs=False)
-    served: list[Bounds] = [(0, math.inf)] * len(sizes)
-    for guard in env.guards:
-        for i, (symbol, size) in enumerate(zip(symbols, sizes, strict=True)):
-            if symbol in guard.expr.free_symbols:
-                low, high = _bounds(guard.expr, symbol, size.node.hint)
-                served[i] = max(served[i][0], low), min(served[i][1], high)
-    artifact = Artifact(call, *served)
-    if any(segment in guard.expr.free_symbols for guard in env.guards) or not artifact.serves(tokens, scored):
-        guards = ", ".join(str(guard.expr) for guard in env.guards)
-        raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guards}")
-    return artifact
-
-
-def _bounds(guard: Any, symbol: Any, hint: int) -> Bounds:
-    """The numbers around a size's hint for which a guard holds: all that a bound, `a * T + b <= c`, allows.
-
-    Of `a * T + b != c`, the side that the hint is on; of anything else, the hint alone.
-    """
-    import sympy
-
-    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:
-        side = sympy.Gt if (guard.lhs - guard.rhs).subs(symbol, hint) > 0 else sympy.Lt
-        guard = side(guard.lhs, guard.rhs)
-    if not isinstance(guard, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return hint, hint
-    less = guard.gts - guard.lts  # what must be >= 0 (> 0)
-    slope, offset = less.coeff(symbol), less.subs(symbol, 0)
-    if (
-        sympy.expand(slope * symbol + offset - less) != 0
-        or not slope.is_Integer
-        or not offset.is_Integer
-        or slope == 0
-    ):
-        return hint, hint
-    limit = sympy.Rational(-offset, slope)
-    if isinstance(guard, (sympy.Lt, sympy.Gt)):
-        return (
-            (float(sympy.floor(limit)) + 1, math.inf) if slope > 0 else (0.0, float(sympy.ceiling(limit)) - 1)
-        )
-    return (float(sympy.ceiling(limit)), math.inf) if slope > 0 else (0.0, float(sympy.floor(limit)))
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -222,46 +86,6 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
         env[node] = graph.node_copy(node, env.__getitem__)
         env[node].meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
     return fx.GraphModule(gm, graph)
-
-
-def structure(gm: fx.GraphModule) -> tuple[Any, ...]:
-    """What two graphs have in common iff they compute the same: operations, wiring and constants by value."""
-    numbered: dict[fx.Node, Any] = {node: _Ref(i) for i, node in enumerate(gm.graph.nodes)}
-    rows = []
-    for node in gm.graph.nodes:
-        args = fx.map_arg((node.args, node.kwargs), numbered.__getitem__)
-        target: Any = "" if node.op == "placeholder" else str(node.target)
-        if node.op == "get_attr":
-            value = getattr(gm, str(node.target))
-            target = structure(value) if isinstance(value, fx.GraphModule) else _constant_key(value)
-        rows.append((node.op, target, repr(args)))
-    return tuple(rows)
-
-
-class _Ref:
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
-
-
-def _constant_key(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return (str(value.dtype), tuple(value.shape), str(value.device), repr(value.tolist()))
-    return repr(value)
-
-
-def _types(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> tuple[Any, ...]:
-    with compiling(), FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = packed_inputs(graphs, aten_gm, 7919)
-    assert isinstance(inputs, list)  # or `verify` would have refused the graph
-    return tuple(
-        (tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad)
-        if isinstance(x, torch.Tensor)
-        else repr(x)
-        for x in inputs
-    )
 
 
 @dataclass(frozen=True)
@@ -352,5 +176,5 @@ class DenseGraph:
                 fakes.append(env.create_symintnode(symbol, hint=arg, source=source))
             else:
                 fakes.append(arg)
-        call = compile_inner(_copy(self.settled), fakes, self.options)
+        call = compile_inner(self.settled, fakes, self.options)
         return _DenseArtifact(env, env.produce_guards_expression(fakes), modes(), call)

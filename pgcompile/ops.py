@@ -263,16 +263,29 @@ def _gather_tokens_backward_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | N
 def _gather_entries(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) -> Tensor:
     """`out[m, n] = x[index[m], column[m, n]]`, zeros at index -1, without the `[M, V]` rows in between.
 
-    Raises RuntimeError, like torch.gather, for a column outside [0, V) (on CUDA a device-side assertion). At
-    index -1 the column may be anything: an ignored label stays what it is.
+    At index -1 the column may be anything: an ignored label stays what it is. Elsewhere it is checked.
     """
     hole_M1 = (index_M < 0)[:, None]
-    inside_MN = (column_MN >= 0) & (column_MN < x_TV.shape[1])
-    message = f"gather_entries: column out of range for x of shape {tuple(x_TV.shape)}"
-    torch._assert_async((inside_MN | hole_M1).all(), message)
+    check_columns(index_M, column_MN, x_TV.shape[1])
     if x_TV.numel() == 0:
         return x_TV.new_zeros(column_MN.shape)
     return x_TV[index_M.clamp_min(0)[:, None], column_MN.masked_fill(hole_M1, 0)].masked_fill_(hole_M1, 0)
+
+
+def _gather_entries_inlined(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) -> Tensor:
+    """The same for columns that were checked (`check_columns`), in operations that a compiler fuses with what makes
+    `x`, which is then never written."""
+    hole_M1 = (index_M < 0)[:, None]
+    rows_MV = x_TV.index_select(0, index_M.clamp_min(0))
+    return rows_MV.gather(1, column_MN.masked_fill(hole_M1, 0)).masked_fill(hole_M1, 0)
+
+
+def check_columns(index_M: Tensor, column_MN: Tensor, vocab: int) -> None:
+    """Raises RuntimeError, like torch.gather, for a column outside [0, vocab), but at index -1 (on CUDA a device-side
+    assertion)."""
+    inside_MN = (column_MN >= 0) & (column_MN < vocab)
+    message = f"gather_entries: column out of range for a vocabulary of {vocab}"
+    torch._assert_async((inside_MN | (index_M < 0)[:, None]).all(), message)
 
 
 @raises_engine_error
@@ -385,3 +398,6 @@ gather_entries_backward = _register(
     _gather_entries_backward_autograd,
     _gather_entries_backward_setup,
 )
+
+# For inner compilers: operators as others that they can fuse.
+DECOMPOSITIONS = {gather_entries: _gather_entries_inlined}

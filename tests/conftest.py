@@ -16,10 +16,10 @@ logging.getLogger("torch.__trace").propagate = True
 def fresh():
     """Nothing is compiled, and nothing counted."""
     import pgcompile
-    from pgcompile import inner
+    from pgcompile import artifacts
 
     torch._dynamo.reset()
-    inner._families.clear()  # else a model like one of an earlier test finds its packed graph compiled
+    artifacts._families.clear()  # else a model like one of an earlier test finds its packed graph compiled
     pgcompile.reset_stats()
     yield
     torch._dynamo.reset()

@@ -14,7 +14,7 @@ import pgcompile
 from harness import BACKEND, assert_no_worse_than_eager, assert_same, compiled, float64_everywhere, rewire
 
 pytest.importorskip("transformers")
-from pgcompile import backend, chunks
+from pgcompile import chunks
 from pgcompile.passes import head
 from test_losses import LOGPROBS, LOSSES, NARROW, batch_of, columns_of, distillation, with_value_head
 from tiny_hf import VOCAB, build
@@ -30,13 +30,13 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "WHOLE_BYTES", 0)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 7 * VOCAB * 8)
     counts = []
-    original = chunks.run_head
+    original = chunks.ChunkedHead.run
 
     def counting(*args):
         counts.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(backend, "run_head", counting)
+    monkeypatch.setattr(chunks.ChunkedHead, "run", counting)
     return counts
 
 
@@ -47,7 +47,7 @@ def test_chunks_of_a_gpu_are_a_share_of_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [chunks.number_of_chunks(found, tokens, cpu) for tokens in (5000, 6000)] == [0, 18]
-    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (11_000, 21_000, 22_000)] == [0, 0, 3]
+    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (11_000, 42_000, 43_000)] == [0, 0, 5]
     memory.total_memory = 16 << 30
     assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (5000, 6000)] == [0, 5]
 
@@ -119,14 +119,38 @@ def test_without_gradient(small_chunks):
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_the_trunk_is_compiled(inner, small_chunks):
+def test_trunk_and_head_are_compiled_once(inner, small_chunks, fresh):
+    """For any number of chunks, and of tokens in a chunk."""
+    model, reference = small_llama(), small_llama()
+    fast = compiled(LOSSES["reinforce"], {"inner": inner}, dynamic=True)
+    for seed in range(4):
+        batch = batch_of(seed)
+        losses = [
+            call(owner, batch.input_ids, batch.attention_mask, columns_of(batch))
+            for call, owner in ((fast, model), (LOSSES["reinforce"], reference))
+        ]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    assert len(small_chunks) == 4 and len(set(small_chunks)) > 1
+    assert (pgcompile.stats().packed, pgcompile.stats().compiles) == (4, 2)
+
+
+def test_a_label_out_of_range_raises(small_chunks, fresh):
+    """Compiled kernels, which would end the process, never see it."""
+
+    def function(model, ids, mask, labels):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, labels[:, 1:, None])
+
     batch = batch_of()
-    args = (small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch))
-    options = {"inner": inner}
-    assert_same(
-        LOSSES["reinforce"], args, options=options, tol=1e-5, gradient_tol=1e-4, expect_status="packed"
-    )
-    assert len(small_chunks) == 1
+    labels = batch.input_ids.clone()
+    labels[0, 3] = VOCAB
+    fast = compiled(function, {"inner": "inductor"})
+    with pytest.raises((RuntimeError, IndexError), match="out of"):
+        fast(small_llama(), batch.input_ids, batch.attention_mask, labels)
 
 
 def test_logits_that_are_asked_for_are_not_chunked(small_chunks):
@@ -180,13 +204,13 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_wide_is_larger_than_a_chunk(small_chunks, monkeypatch):
     """Weights of the head are [V, D], and transposed [D, V] in backward: they have 16 rows."""
-    mode, original = Largest(), chunks.run_head
+    mode, original = Largest(), chunks.ChunkedHead.run
 
     def watched(*args):
         with mode:
             return original(*args)
 
-    monkeypatch.setattr(backend, "run_head", watched)
+    monkeypatch.setattr(chunks.ChunkedHead, "run", watched)
     batch = batch_of()
     fast = compiled(LOSSES["reinforce"])
     loss = fast(small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch))

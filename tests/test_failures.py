@@ -24,7 +24,7 @@ if BACKEND != "pgcompile":
     pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
 
 import pgcompile
-from pgcompile import backend, inner
+from pgcompile import artifacts, backend, inner
 from pgcompile import engines as engine_table
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -207,9 +207,9 @@ def test_an_inner_compiler_that_fails_is_asked_again(monkeypatch):
     monkeypatch.setattr(inner, "compile_inner", failing)
     fast = compiled(small_model("half_rotary"), {"inner": "aot_eager"}, dynamic=True)
     calls.clear()
-    for seed in range(2 * inner.Family.MOST):
+    for seed in range(2 * artifacts.Family.MOST):
         fast(batch_of(seed).input_ids)
-    assert len(calls) == inner.Family.MOST + 1  # and once for the original
+    assert len(calls) == artifacts.Family.MOST + 1  # and once for the original
 
 
 @pytest.mark.parametrize("what", ["pass", "verification", "plan", "engine"])

@@ -20,7 +20,7 @@ if BACKEND != "pgcompile":
     pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
 
 import pgcompile
-from pgcompile import backend, inner, modes
+from pgcompile import artifacts, backend, inner, modes
 from pgcompile.passes.graph import size_hint
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -133,7 +133,7 @@ def test_graphs_for_single_numbers_of_tokens(monkeypatch):
     for seed in range(20):
         assert_equals_eager(fast, model, random_tree_batch(rows=4 + seed, positions=9, seed=seed))
     stats = pgcompile.stats()
-    assert stats.compiles == inner.Family.MOST <= stats.packed < 20 and stats.packed + stats.dense == 20
+    assert stats.compiles == artifacts.Family.MOST <= stats.packed < 20 and stats.packed + stats.dense == 20
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_cuda_graphs_are_for_the_original_alone(monkeypatch):
     monkeypatch.setattr(
         importlib.import_module("torch._inductor.compile_fx"),
         "compile_fx",
-        lambda gm, inputs, config_patches: (patches.append(config_patches), gm)[1],
+        lambda gm, inputs, config_patches, **_: (patches.append(config_patches), gm)[1],
     )
     model, batch = small_model(), batch_of()
     for min_saving, decision in [(0, "packed"), (1, "dense")]:
@@ -263,7 +263,7 @@ def test_modes_that_a_failing_graph_switched_on_are_off_again(way, monkeypatch):
 
     model, batch = small_model(), batch_of()
     fast = compiled(model)
-    monkeypatch.setattr(backend, "build_plan" if way == "prologue" else "compiled_packed", failing)
+    monkeypatch.setattr(backend, "build_plan" if way == "prologue" else "family_of", failing)
     before = modes.modes(), modes._autocast_nesting()
     assert_equals_eager(fast, model, batch)
     assert entered and (modes.modes(), modes._autocast_nesting()) == before

@@ -587,8 +587,11 @@ def test_gather_entries_equals_gather(dtype):
     ignored = torch.where(
         hole[:, None], torch.tensor([-100, 9, 2**40]), column
     )  # anything goes where index is -1
-    actual = gather_entries(x, torch.where(hole, -1, index), ignored)
-    assert torch.equal(actual, expected)
+    requests = torch.where(hole, -1, index), ignored
+    actual = gather_entries(x, *requests)
+    assert torch.equal(actual, expected) and torch.equal(
+        ops.DECOMPOSITIONS[gather_entries.default](x, *requests), expected
+    )
     grad = torch.randint(-3, 4, (40, 3)).to(dtype)  # small integers: every order of adding is exact
     assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (actual, expected)))
 

@@ -28,7 +28,7 @@ if BACKEND != "pgcompile":
     pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
 
 import pgcompile
-from pgcompile import backend, inner
+from pgcompile import artifacts, backend, inner
 from pgcompile.passes.pipeline import OPTIONAL
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -437,10 +437,10 @@ def test_dynamos_reset_drops_what_was_compiled():
     model, batch = small_model(), batch_of()
     fast = compiled(model, {"inner": "aot_eager"})
     fast(batch.input_ids)
-    assert len(inner._families) == 1
+    assert len(artifacts._families) == 1
     torch._dynamo.reset()
     gc.collect()
-    assert len(inner._families) == 0
+    assert len(artifacts._families) == 0
     assert_equals_eager(fast, model, batch)
     assert pgcompile.stats().compiles == 2
 

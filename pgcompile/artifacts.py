@@ -1,0 +1,198 @@
+"""Compiled graphs over tokens, with artifacts shared by equal graphs.
+
+A graph is handed to the inner compiler directly, with its numbers of tokens dynamic in a fresh ShapeEnv. Two graphs
+with the same operations, constants and input types (a static and a dynamic trace of one model, say) share artifacts:
+parameters are inputs.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.convert_frame import compile_lock
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from . import inner, stats
+from .modes import modes
+from .options import Options
+from .passes.checkpoint import without_compiler
+from .symbolic import dynamic_size
+
+Bounds = tuple[float, float]
+ANY: Bounds = (0, math.inf)
+
+Sizes = Sequence[int | None]  # of what varies from call to call; None: the graph has to be fit for any number
+Inputs = Callable[
+    [Sequence[Any]], list[Any]
+]  # ints or SymInts → a graph's inputs, under the active fake mode
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled graph, and the sizes that it serves.
+
+    These are all, unless the inner compiler chose code by size. (Inductor's C++ code sums more than 4096 numbers in
+    another way than fewer, and guards on that.)
+    """
+
+    call: Callable[..., Any]
+    served: Sequence[Bounds]
+
+    def serves(self, sizes: Sizes) -> bool:
+        return all(
+            bounds == ANY if size is None else bounds[0] <= size <= bounds[1]
+            for size, bounds in zip(sizes, self.served, strict=True)
+        )
+
+
+class Family:
+    """The artifacts of one graph, and failed attempts to make one; a class so that it can be held weakly."""
+
+    MOST = 8  # attempts to compile it, as Dynamo's recompile_limit
+
+    def __init__(self) -> None:
+        self.artifacts: list[Artifact] = []
+        self.failures: list[str] = []
+
+    def compiled(
+        self, gm: fx.GraphModule, inputs: Inputs, sizes: Sizes, options: Options
+    ) -> Callable[..., Any]:
+        """The graph, compiled for these sizes, on first use.
+
+        Raises:
+            RuntimeError: if the inner compiler failed, or specialised on a size, too many times before.
+            Exception: whatever it raises.
+        """
+        found = self._find(sizes)
+        if found is not None:
+            return found.call
+        with inner.compiling():
+            found = self._find(sizes)  # another thread's, meanwhile
+            if found is None:
+                self._check_attempts()
+                try:
+                    found = _compile(gm, inputs, sizes, options)
+                except Exception as error:  # raised again, and counted
+                    self.failures.append(f"{type(error).__name__}: {error}")
+                    raise
+                self.artifacts.append(found)
+                stats.count(compiles=1)
+        return found.call
+
+    def _find(self, sizes: Sizes) -> Artifact | None:
+        return next((artifact for artifact in self.artifacts if artifact.serves(sizes)), None)
+
+    def _check_attempts(self) -> None:
+        if len(self.artifacts) + len(self.failures) >= self.MOST:
+            last = f", the last one with {self.failures[-1]}" if self.failures else ""
+            text = f"the inner compiler was called {self.MOST} times for numbers of tokens, and failed in "
+            raise RuntimeError(f"{text}{len(self.failures)} of them{last}")
+
+
+_families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
+
+
+def family_of(gm: fx.GraphModule, inputs: Inputs, sizes: int, options: Options) -> Family:
+    """The artifacts for a graph with so many sizes, shared with equal graphs."""
+    with inner.compiling(), FakeTensorMode(allow_non_fake_inputs=True):
+        types = _types(inputs([7919 + 2 * i for i in range(sizes)]))
+    key = (structure(gm), types, options.inner, options.inner_mode, options.check == 0, modes())
+    with compile_lock:
+        return _families.setdefault(key, Family())
+
+
+def _compile(gm: fx.GraphModule, inputs: Inputs, sizes: Sizes, options: Options) -> Artifact:
+    if options.inner == "eager":
+        return Artifact(without_compiler(gm), [ANY] * len(sizes))
+    env = ShapeEnv()
+    # hints of what isn't known are odd and large: a size equal to another one could be taken for it
+    hints = [100003 + 16 * i if size is None else size for i, size in enumerate(sizes)]
+    symbolic = [dynamic_size(env, f"tokens_{i}", hint) for i, hint in enumerate(hints)]
+    symbols = [size.node.expr for size in symbolic]  # once specialised, a size no longer shows its symbol
+    with FakeTensorMode(shape_env=env):
+        examples = inputs(symbolic)
+    call = inner.compile_inner(gm, examples, options, cuda_graphs=False)
+    served = [ANY] * len(sizes)
+    for guard in env.guards:
+        for i, (symbol, hint) in enumerate(zip(symbols, hints, strict=True)):
+            if symbol in guard.expr.free_symbols:
+                low, high = _bounds(guard.expr, symbol, hint)
+                served[i] = max(served[i][0], low), min(served[i][1], high)
+    artifact = Artifact(call, served)
+    if not artifact.serves(sizes):
+        guards = ", ".join(str(guard.expr) for guard in env.guards)
+        raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guards}")
+    return artifact
+
+
+def _bounds(guard: Any, symbol: Any, hint: int) -> Bounds:
+    """The numbers around a size's hint for which a guard holds: all that a bound, `a * T + b <= c`, allows.
+
+    Of `a * T + b != c`, the side that the hint is on; of anything else, the hint alone.
+    """
+    import sympy
+
+    if isinstance(guard, sympy.Ne) and guard.free_symbols == {symbol}:
+        side = sympy.Gt if (guard.lhs - guard.rhs).subs(symbol, hint) > 0 else sympy.Lt
+        guard = side(guard.lhs, guard.rhs)
+    if not isinstance(guard, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return hint, hint
+    less = guard.gts - guard.lts  # what must be >= 0 (> 0)
+    slope, offset = less.coeff(symbol), less.subs(symbol, 0)
+    if (
+        sympy.expand(slope * symbol + offset - less) != 0
+        or not slope.is_Integer
+        or not offset.is_Integer
+        or slope == 0
+    ):
+        return hint, hint
+    limit = sympy.Rational(-offset, slope)
+    if isinstance(guard, (sympy.Lt, sympy.Gt)):
+        return (
+            (float(sympy.floor(limit)) + 1, math.inf) if slope > 0 else (0.0, float(sympy.ceiling(limit)) - 1)
+        )
+    return (float(sympy.ceiling(limit)), math.inf) if slope > 0 else (0.0, float(sympy.floor(limit)))
+
+
+def structure(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """What two graphs have in common iff they compute the same: operations, wiring and constants by value."""
+    numbered: dict[fx.Node, Any] = {node: _Ref(i) for i, node in enumerate(gm.graph.nodes)}
+    rows = []
+    for node in gm.graph.nodes:
+        args = fx.map_arg((node.args, node.kwargs), numbered.__getitem__)
+        target: Any = "" if node.op == "placeholder" else str(node.target)
+        if node.op == "get_attr":
+            value = getattr(gm, str(node.target))
+            target = structure(value) if isinstance(value, fx.GraphModule) else _constant_key(value)
+        rows.append((node.op, target, repr(args)))
+    return tuple(rows)
+
+
+class _Ref:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
+
+def _constant_key(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), tuple(value.shape), str(value.device), repr(value.tolist()))
+    return repr(value)
+
+
+def _types(inputs: list[Any]) -> tuple[Any, ...]:
+    return tuple(
+        (tuple(x.shape), x.stride(), x.dtype, str(x.device), x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else repr(x)
+        for x in inputs
+    )
