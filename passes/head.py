@@ -68,7 +68,7 @@ def split_head(
     return Head(
         trunk, trunk_outputs, _head_module(packed, order, region, list(feeding), narrow, looked_into, width), sources,
         outputs, _requests(late, [node for node, _ in lookups]), [index for _, index in lookups], width,
-        widest[0].meta["packed"][1].itemsize,
+        sum(width * n.meta["packed"][1].itemsize for n in widest),
         [n.name for n in order if n in region], SCORED in widest[0].meta["packed"][0],
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ def _head_module(
 ) -> fx.GraphModule:
     graph = fx.Graph()
     env = {node: graph.placeholder(node.name) for node in feeding}
-    requests = [(graph.placeholder("index"), graph.placeholder("column")) for _ in looked_into]
+    requests = [(_placeholder(graph, "index"), _placeholder(graph, "column")) for _ in looked_into]
     for node in order:
         if node in region or is_mode_switch(node):
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -178,6 +178,13 @@ def _head_module(
     graph.output((*(env[n] for n in narrow), *entries))
     drop_dead(graph)
     return module_of(gm, graph)
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """One more, with a name of its own: the generated function's argument is called like its target."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
 
 
 def _lookups(late: fx.GraphModule, late_inputs: list[tuple[str, int]]) -> list[tuple[fx.Node, int]] | None:

@@ -60,7 +60,8 @@ class Head:
             `outputs`, *entries [M, K] of each request)`, for any number of tokens.
         requests: `(*late inputs) -> [(index [M], column [M, K]), ...]`: the label lookups, in the late graph's order.
         request_outputs: the packed output that each of them looks into.
-        width, itemsize: V, of the widest values, and bytes of one of their numbers.
+        width: V, of the widest values.
+        token_bytes: what the results of the widest layers take for each token.
         recomputed: operations that backward computes again, by name.
         is_scored: its tokens are the scored ones.
     """
@@ -73,7 +74,7 @@ class Head:
     requests: fx.GraphModule
     request_outputs: list[int]
     width: int
-    itemsize: int
+    token_bytes: int
     recomputed: list[str]
     is_scored: bool
 

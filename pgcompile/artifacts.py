@@ -28,10 +28,22 @@ from .symbolic import dynamic_size
 Bounds = tuple[float, float]
 ANY: Bounds = (0, math.inf)
 
-Sizes = Sequence[int | None]  # of what varies from call to call; None: the graph has to be fit for any number
 Inputs = Callable[
     [Sequence[Any]], list[Any]
 ]  # ints or SymInts → a graph's inputs, under the active fake mode
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number of what varies from call to call.
+
+    Args:
+        is_hint: the compiler may go by it; if not, it gets an odd and large number for it. (A size that equals
+            another one by chance could be taken for it, and 0 and 1 are special.)
+    """
+
+    number: int
+    is_hint: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,8 @@ class Artifact:
     call: Callable[..., Any]
     served: Sequence[Bounds]
 
-    def serves(self, sizes: Sizes) -> bool:
-        return all(
-            bounds == ANY if size is None else bounds[0] <= size <= bounds[1]
-            for size, bounds in zip(sizes, self.served, strict=True)
-        )
+    def serves(self, sizes: Sequence[Size]) -> bool:
+        return all(low <= s.number <= high for s, (low, high) in zip(sizes, self.served, strict=True))
 
 
 class Family:
@@ -62,7 +71,7 @@ class Family:
         self.failures: list[str] = []
 
     def compiled(
-        self, gm: fx.GraphModule, inputs: Inputs, sizes: Sizes, options: Options
+        self, gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], options: Options
     ) -> Callable[..., Any]:
         """The graph, compiled for these sizes, on first use.
 
@@ -86,7 +95,7 @@ class Family:
                 stats.count(compiles=1)
         return found.call
 
-    def _find(self, sizes: Sizes) -> Artifact | None:
+    def _find(self, sizes: Sequence[Size]) -> Artifact | None:
         return next((artifact for artifact in self.artifacts if artifact.serves(sizes)), None)
 
     def _check_attempts(self) -> None:
@@ -108,12 +117,11 @@ def family_of(gm: fx.GraphModule, inputs: Inputs, sizes: int, options: Options) 
         return _families.setdefault(key, Family())
 
 
-def _compile(gm: fx.GraphModule, inputs: Inputs, sizes: Sizes, options: Options) -> Artifact:
+def _compile(gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], options: Options) -> Artifact:
     if options.inner == "eager":
         return Artifact(without_compiler(gm), [ANY] * len(sizes))
     env = ShapeEnv()
-    # hints of what isn't known are odd and large: a size equal to another one could be taken for it
-    hints = [100003 + 16 * i if size is None else size for i, size in enumerate(sizes)]
+    hints = [size.number if size.is_hint else 100003 + 16 * i for i, size in enumerate(sizes)]
     symbolic = [dynamic_size(env, f"tokens_{i}", hint) for i, hint in enumerate(hints)]
     symbols = [size.node.expr for size in symbolic]  # once specialised, a size no longer shows its symbol
     with FakeTensorMode(shape_env=env):

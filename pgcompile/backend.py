@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
-from .artifacts import Family, family_of
+from .artifacts import Family, Size, family_of
 from .breaks import break_behind
 from .calibration import read_speed
 from .chunks import ChunkedHead, Lookup, chunk_size, number_of_chunks
@@ -285,7 +285,9 @@ class PackedCall:
             assert isinstance(made, list)  # or `verify` would have refused the graph
             return made
 
-        sizes = (plan.tokens, None, plan.scored.tokens if plan.scored is not None else None)
+        segments = Size(plan.tree.prefix_tree.num_segments, is_hint=False)
+        scored = Size(0, is_hint=False) if plan.scored is None else Size(plan.scored.tokens)
+        sizes = [Size(plan.tokens), segments, scored]
         key = modes(), report.head_chunks > 0
         family = self.families.get(key)
         if family is None:

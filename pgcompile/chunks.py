@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .artifacts import Family, family_of
+from .artifacts import Family, Size, family_of
 from .modes import modes
 from .ops import check_columns
 from .options import Options
@@ -30,7 +30,7 @@ GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 16, 64
 
 def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
     """0 where the head runs whole."""
-    nbytes = tokens * head.width * head.itemsize
+    nbytes = tokens * head.token_bytes
     whole, chunk = WHOLE_BYTES, CHUNK_BYTES
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -120,10 +120,11 @@ class ChunkedHead:
                 made += [torch.empty((copies, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in request]
             return made
 
-        sizes = (tokens, *(None for _ in asked))
-        family = self.families.get(modes())
+        sizes = [Size(tokens), *(Size(len(index), is_hint=False) for index, _ in asked)]
+        key = modes(), *(column.shape[1] for _, column in asked)
+        family = self.families.get(key)
         if family is None:
-            family = self.families[modes()] = family_of(graph, examples, len(sizes), self.options)
+            family = self.families[key] = family_of(graph, examples, len(sizes), self.options)
         return family.compiled(graph, examples, sizes, self.options)
 
 

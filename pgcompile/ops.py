@@ -276,8 +276,7 @@ def _gather_entries_inlined(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) ->
     """The same for columns that were checked (`check_columns`), in operations that a compiler fuses with what makes
     `x`, which is then never written."""
     hole_M1 = (index_M < 0)[:, None]
-    rows_MV = x_TV.index_select(0, index_M.clamp_min(0))
-    return rows_MV.gather(1, column_MN.masked_fill(hole_M1, 0)).masked_fill(hole_M1, 0)
+    return x_TV[index_M.clamp_min(0)[:, None], column_MN.masked_fill(hole_M1, 0)].masked_fill(hole_M1, 0)
 
 
 def check_columns(index_M: Tensor, column_MN: Tensor, vocab: int) -> None:

@@ -14,7 +14,7 @@ import pgcompile
 from harness import BACKEND, assert_no_worse_than_eager, assert_same, compiled, float64_everywhere, rewire
 
 pytest.importorskip("transformers")
-from pgcompile import chunks
+from pgcompile import chunks, inner
 from pgcompile.passes import head
 from test_losses import LOGPROBS, LOSSES, NARROW, batch_of, columns_of, distillation, with_value_head
 from tiny_hf import VOCAB, build
@@ -42,7 +42,7 @@ def small_chunks(monkeypatch):
 
 def test_chunks_of_a_gpu_are_a_share_of_its_memory(monkeypatch):
     """float32 logits of 50,000 words: 200 kB for each token."""
-    found = SimpleNamespace(width=50_000, itemsize=4)
+    found = SimpleNamespace(token_bytes=50_000 * 4)
     memory = SimpleNamespace(total_memory=128 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
@@ -90,6 +90,37 @@ def test_losses(name, small_chunks):
     check(LOSSES[name], columns_of(batch_of()), chunked=small_chunks)
 
 
+def look_ups(model, ids, mask):
+    """Three of them, into two values; the first tokens' values aren't looked up."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 2:-1]
+    logps = logits.log_softmax(-1)
+    some = torch.stack([ids[:, 3:], ids[:, 2:-1], torch.zeros_like(ids[:, 3:])], dim=-1)
+    label = logps.gather(-1, ids[:, 3:, None]).squeeze(-1)
+    return label, logps.gather(-1, some).logsumexp(-1), logits.gather(-1, some[..., :2]).sum(-1)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_several_look_ups(compiler, small_chunks, monkeypatch, fresh):
+    """In chunks of two tokens, some of which answer for no label or for one, and the last of which has one token."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * VOCAB * 8)
+    asked, original = set(), chunks.ChunkedHead._run_chunk
+
+    def counting(head, part, requests):
+        asked.add((part[0].shape[1], len(requests[0][0])))
+        return original(head, part, requests)
+
+    monkeypatch.setattr(chunks.ChunkedHead, "_run_chunk", counting)
+    for seed in (3, 5):
+        batch = batch_of(seed)
+        with float64_everywhere():
+            assert_same(
+                look_ups, (small_llama(), batch.input_ids, batch.attention_mask), kept=batch.kept[:, 3:],
+                options={"inner": compiler}, expect_status="packed", tol=1e-5, gradient_tol=1e-5,
+            )  # fmt: skip
+    assert len(small_chunks) == 2
+    assert {(2, 0), (2, 1)} < asked and any(tokens == 1 for tokens, _ in asked)
+
+
 def test_a_teacher_without_gradient(small_chunks):
     class Both(nn.Module):
         def __init__(self):
@@ -118,11 +149,11 @@ def test_without_gradient(small_chunks):
         check(LOSSES["grpo"], columns_of(batch_of()), chunked=small_chunks, backward=False)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_trunk_and_head_are_compiled_once(inner, small_chunks, fresh):
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_trunk_and_head_are_compiled_once(compiler, small_chunks, fresh):
     """For any number of chunks, and of tokens in a chunk."""
     model, reference = small_llama(), small_llama()
-    fast = compiled(LOSSES["reinforce"], {"inner": inner}, dynamic=True)
+    fast = compiled(LOSSES["reinforce"], {"inner": compiler}, dynamic=True)
     for seed in range(4):
         batch = batch_of(seed)
         losses = [
@@ -136,6 +167,22 @@ def test_trunk_and_head_are_compiled_once(inner, small_chunks, fresh):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
     assert len(small_chunks) == 4 and len(set(small_chunks)) > 1
     assert (pgcompile.stats().packed, pgcompile.stats().compiles) == (4, 2)
+
+
+def in_32_bits(gm, inputs, options, **_):
+    """An inner compiler that asks of each size whether it is small enough for kernels of 32 bits, as Triton's are."""
+    shapes = [x.shape for x in inputs if isinstance(x, torch.Tensor)]
+    assert all(bool(VOCAB * size <= 2**31 - 1) for shape in shapes for size in shape)
+    return gm
+
+
+def test_bounds_on_sizes_are_no_specialisation(small_chunks, monkeypatch, fresh):
+    monkeypatch.setattr(inner, "compile_inner", in_32_bits)
+    fast = compiled(LOSSES["reinforce"], {"inner": "inductor"}, dynamic=True)
+    for seed in range(4):
+        batch = batch_of(seed)
+        fast(small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch)).backward()
+    assert len(small_chunks) == 4 and pgcompile.stats().compiles == 2
 
 
 def test_a_label_out_of_range_raises(small_chunks, fresh):

@@ -8,7 +8,7 @@ import torch
 
 import pgcompile
 from harness import assert_no_worse_than_eager, compiled, float64_everywhere, random_tree_batch
-from pgcompile import backend, chunks
+from pgcompile import chunks
 from pgcompile.engines import ENGINES
 from pgcompile.passes import head
 from tiny_hf import build
@@ -36,8 +36,8 @@ def batch_on_gpu(seed: int, padding: str) -> tuple[torch.Tensor, torch.Tensor]:
 def chunked(request, monkeypatch):
     """Does the head run in chunks, of seven tokens? Nothing else in the model is as wide."""
     counts = []
-    original = backend.run_head
-    monkeypatch.setattr(backend, "run_head", lambda *args: counts.append(args[-1]) or original(*args))
+    original = chunks.ChunkedHead.run
+    monkeypatch.setattr(chunks.ChunkedHead, "run", lambda *args: counts.append(args[-1]) or original(*args))
     if request.param:
         monkeypatch.setattr(head, "MIN_WIDTH", VOCAB)
         monkeypatch.setattr(head, "MIN_RATIO", 0)
