@@ -186,8 +186,8 @@ class Layer(nn.Module):
         self.scales = nn.Parameter(torch.full((2, dim), 0.5)) if parts.layer_scale else None
 
     def forward(self, x, angles, masks, is_causal):
-        mask = masks[self.is_local]
-        causal = is_causal[self.is_local]
+        which = int(self.is_local)  # torch 2.11 traces no index that is a bool
+        mask, causal = masks[which], is_causal[which]
 
         def attention(y):
             return self.scaled(0, self.attention(y, angles, mask, causal))
