@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,8 @@ from .symbolic import dynamic_size
 Bounds = tuple[float, float]
 ANY: Bounds = (0, math.inf)
 
-Inputs = Callable[
-    [Sequence[Any]], list[Any]
-]  # ints or SymInts → a graph's inputs, under the active fake mode
+# Sizes (ints or SymInts) → a graph's inputs, under the active fake mode.
+Inputs = Callable[[Sequence[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,24 @@ def family_of(gm: fx.GraphModule, inputs: Inputs, sizes: int, options: Options) 
     key = (structure(gm), types, options.inner, options.inner_mode, options.check == 0, modes())
     with compile_lock:
         return _families.setdefault(key, Family())
+
+
+class Families:
+    """The families that one owner's graphs have met, by the modes and what else tells their inputs apart."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.found: dict[Any, Family] = {}
+
+    def compiled(
+        self, gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], key: Hashable
+    ) -> Callable[..., Any]:
+        """As `Family.compiled`."""
+        known = modes(), key
+        family = self.found.get(known)
+        if family is None:
+            family = self.found[known] = family_of(gm, inputs, len(sizes), self.options)
+        return family.compiled(gm, inputs, sizes, self.options)
 
 
 def _compile(gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], options: Options) -> Artifact:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import check, ops, stats  # noqa: F401 - ops registers the operators
-from .artifacts import Family, Size, family_of
+from .artifacts import Families, Size
 from .breaks import break_behind
 from .calibration import read_speed
 from .chunks import ChunkedHead, Lookup, chunk_size, number_of_chunks
@@ -33,7 +33,7 @@ from .engines.choose import choose_for_heads, engines_used
 from .errors import backward_failures, belongs_to_caller
 from .generation import compiled_module, keep_generation_out
 from .inner import DenseGraph, compiling
-from .modes import GlobalModes, modes
+from .modes import GlobalModes
 from .options import Options
 from .packed_tree import PackedTrees
 from .passes import PASSES, Compilation, FallbackReason, run_passes
@@ -176,7 +176,7 @@ class PackedCall:
         self.speed = speed
         self.dense = DenseGraph(compilation, options)
         self.numbers = compilation.numbers
-        self.families: dict[Any, Family] = {}
+        self.families = Families(options)
         self.head = None if self.graphs.head is None else ChunkedHead(self.graphs.head, options)
         self.trees = PackedTrees()
         inputs = enumerate(self.graphs.inputs)
@@ -288,11 +288,7 @@ class PackedCall:
         segments = Size(plan.tree.prefix_tree.num_segments, is_hint=False)
         scored = Size(0, is_hint=False) if plan.scored is None else Size(plan.scored.tokens)
         sizes = [Size(plan.tokens), segments, scored]
-        key = modes(), report.head_chunks > 0
-        family = self.families.get(key)
-        if family is None:
-            family = self.families[key] = family_of(graphs.packed, examples, len(sizes), self.options)
-        return family.compiled(graphs.packed, examples, sizes, self.options)
+        return self.families.compiled(graphs.packed, examples, sizes, report.head_chunks > 0)
 
     @functools.cached_property
     def eager_packed(self) -> fx.GraphModule:

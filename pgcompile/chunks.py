@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .artifacts import Family, Size, family_of
-from .modes import modes
+from .artifacts import Families, Size
 from .ops import check_columns
 from .options import Options
 from .passes.packed_graphs import Head, Source
@@ -46,8 +45,7 @@ class ChunkedHead:
     """
 
     def __init__(self, head: Head, options: Options) -> None:
-        self.head, self.options = head, options
-        self.families: dict[Any, Family] = {}
+        self.head, self.families = head, Families(options)
 
     def run(
         self,
@@ -121,11 +119,8 @@ class ChunkedHead:
             return made
 
         sizes = [Size(tokens), *(Size(len(index), is_hint=False) for index, _ in asked)]
-        key = modes(), *(column.shape[1] for _, column in asked)
-        family = self.families.get(key)
-        if family is None:
-            family = self.families[key] = family_of(graph, examples, len(sizes), self.options)
-        return family.compiled(graph, examples, sizes, self.options)
+        widths = tuple(column.shape[1] for _, column in asked)
+        return self.families.compiled(graph, examples, sizes, widths)
 
 
 def chunk_size(tokens: int, chunks: int) -> int:

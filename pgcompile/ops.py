@@ -265,11 +265,10 @@ def _gather_entries(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) -> Tensor:
 
     At index -1 the column may be anything: an ignored label stays what it is. Elsewhere it is checked.
     """
-    hole_M1 = (index_M < 0)[:, None]
     check_columns(index_M, column_MN, x_TV.shape[1])
     if x_TV.numel() == 0:
         return x_TV.new_zeros(column_MN.shape)
-    return x_TV[index_M.clamp_min(0)[:, None], column_MN.masked_fill(hole_M1, 0)].masked_fill_(hole_M1, 0)
+    return _gather_entries_inlined(x_TV, index_M, column_MN)
 
 
 def _gather_entries_inlined(x_TV: Tensor, index_M: Tensor, column_MN: Tensor) -> Tensor:

@@ -263,7 +263,8 @@ def test_modes_that_a_failing_graph_switched_on_are_off_again(way, monkeypatch):
 
     model, batch = small_model(), batch_of()
     fast = compiled(model)
-    monkeypatch.setattr(backend, "build_plan" if way == "prologue" else "family_of", failing)
+    where, name = (backend, "build_plan") if way == "prologue" else (artifacts, "family_of")
+    monkeypatch.setattr(where, name, failing)
     before = modes.modes(), modes._autocast_nesting()
     assert_equals_eager(fast, model, batch)
     assert entered and (modes.modes(), modes._autocast_nesting()) == before
