@@ -131,7 +131,7 @@ def verify_pass(c: Compilation) -> None:
 def head_pass(c: Compilation) -> None:
     """Cut off the packed graph's head, so that it can run in chunks."""
     assert c.graphs is not None
-    c.graphs.head = split_head(c.graphs.packed, c.graphs.late, c.graphs.late_inputs)
+    c.graphs.head = split_head(c.graphs.packed)
 
 
 def checkpoint_pass(c: Compilation) -> None:

@@ -1,8 +1,8 @@
 """The head of the packed graph, cut off so that it can run a few tokens at a time.
 
-    packed   ... → hidden [1, T, D] → linear → logits [1, T, V] → log_softmax → entries, entropies, ...
+    packed   ... → hidden [1, T, D] → linear → logits [1, T, V] → log_softmax → entries [M, K], entropies [1, T], ...
     trunk    ... → hidden [1, T, D]
-    head     hidden [1, C, D] → log_softmax [1, C, V], entropies [1, C]      for C tokens at a time
+    head     hidden [1, C, D] → ... → entries [m, K], entropies [1, C]      for C tokens at a time, and m of the labels
 
 Where `[T, V]` would take most of the memory, the runtime runs the trunk whole and the head in chunks, computes each
 chunk again in backward, and keeps what is narrow. (The idea is that of chunked and fused linear cross-entropy, in
@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import ancestors, aten, descendants, is_mode_switch
+from .graph import aten, descendants, is_mode_switch
 from .packed_graphs import Head, HeadOutput, Source
 from .subgraph import drop_dead, module_of
-from .unpack import gather_entries, label_loss, label_request, loss_request
 from .verify import SCORED, TOKENS
 
 # A vocabulary: wider than what feeds it, and wide enough for its values to matter.
@@ -33,43 +32,41 @@ MIN_WIDTH, MIN_RATIO = 1024, 4
 NARROW = 8
 
 
-def split_head(
-    packed: fx.GraphModule, late: fx.GraphModule, late_inputs: list[tuple[str, int]]
-) -> Head | None:
+def split_head(packed: fx.GraphModule) -> Head | None:
     """Cut off the head of a verified packed graph (nodes have `meta["packed"]`); None if it has none that can be."""
     widest = _widest_linears(packed.graph)
     if not widest:
         return None
-    region = descendants(widest)
-    order = list(packed.graph.nodes)
-    if any(_is_opaque(n) for n in region) or len({_tokens(n) for n in region if n.op == "call_function"}) > 1:
+    behind = descendants(widest)
+    region = [n for n in packed.graph.nodes if n in behind]
+    lookups = [n for n in region if _is_lookup(n)]
+    by_token = [n for n in region if not _is_lookup(n)]
+    if any(_is_opaque(n) for n in by_token) or len({_tokens(n) for n in by_token}) > 1:
         return None
-    width = _width(widest[0])
+    requests = list(dict.fromkeys(tuple(n.args[1:]) for n in lookups))
     results = list(packed.graph.output_node().args[0])  # type: ignore[arg-type]
-    outputs = _outputs(results, region, width)
+    width = _width(widest[0])
+    outputs = _outputs(results, behind, requests, width)
     if outputs is None:
         return None
-    lookups = _lookups(late, late_inputs)
-    wide = {o.index for o in outputs if o.is_wide}
-    if lookups is None or {index for _, index in lookups} != wide:
-        return None
+    asked = {n for request in requests for n in request}
     feeding = dict.fromkeys(
-        n for node in order if node in region for n in node.all_input_nodes if n not in region
+        n for node in region for n in node.all_input_nodes if n not in behind and n not in asked
     )
-    trunk_outputs = [i for i, node in enumerate(results) if node not in region]
+    trunk_outputs = [i for i, node in enumerate(results) if node not in behind]
     sources = _sources(packed.graph, list(feeding))
     if sources is None:
         return None
     passed = [n for n in feeding if n.op not in ("placeholder", "get_attr")]
     trunk = _subgraph(packed, [results[i] for i in trunk_outputs] + passed)
     sources = [replace(s, index=len(trunk_outputs) + s.index) if s.kind == "trunk" else s for s in sources]
-    narrow = [results[o.index] for o in outputs if not o.is_wide]
-    looked_into = [results[index] for _, index in lookups]
+    arguments = [*feeding, *(n for request in requests for n in request)]
+    head = _head_module(packed, behind, arguments, [results[o.index] for o in outputs])
+    position = {node: i for i, node in enumerate(packed.graph.find_nodes(op="placeholder"))}
     return Head(
-        trunk, trunk_outputs, _head_module(packed, order, region, list(feeding), narrow, looked_into, width), sources,
-        outputs, _requests(late, [node for node, _ in lookups]), [index for _, index in lookups], width,
-        sum(width * n.meta["packed"][1].itemsize for n in widest),
-        [n.name for n in order if n in region], SCORED in widest[0].meta["packed"][0],
+        trunk, trunk_outputs, head, sources, outputs, [(position[i], position[c]) for i, c in requests],
+        len(widest) * width * max(n.meta["packed"][1].itemsize for n in by_token if _width(n) == width),
+        [n.name for n in by_token], SCORED in widest[0].meta["packed"][0],
     )  # fmt: skip
 
 
@@ -101,26 +98,33 @@ def _tokens(node: fx.Node) -> int:
     return 0 if dim is None else int(node.meta["packed"][0][dim])
 
 
+def _is_lookup(node: fx.Node) -> bool:
+    return node.target is torch.ops.pgcompile.gather_entries.default
+
+
 def _is_opaque(node: fx.Node) -> bool:
     """Attention mixes tokens; what draws random numbers or sorts tokens isn't the same in chunks."""
-    if node.op != "call_function" or node.meta.get("packed") is None:
-        return True
-    if _token_dim(node) is None:
+    if node.meta.get("packed") is None or _token_dim(node) is None:
         return True
     tags = getattr(node.target, "tags", ())
     return "pgcompile" in str(node.target) or any("nondeterministic" in str(tag) for tag in tags)
 
 
-def _outputs(results: list[Any], region: set[fx.Node], width: int) -> list[HeadOutput] | None:
+def _outputs(
+    results: list[Any], region: set[fx.Node], requests: list[Any], width: int
+) -> list[HeadOutput] | None:
+    """None if one is wide."""
     found = []
     for index, node in enumerate(results):
         if node not in region:
             continue
+        if _is_lookup(node):
+            found.append(HeadOutput(index, request=requests.index(tuple(node.args[1:]))))
+            continue
         token_dim = _token_dim(node)
-        is_wide = _width(node) == width
-        if token_dim is None or (not is_wide and _width(node) * NARROW > width):
+        if token_dim is None or _width(node) * NARROW > width:
             return None
-        found.append(HeadOutput(index, token_dim, is_wide))
+        found.append(HeadOutput(index, token_dim))
     return found
 
 
@@ -157,73 +161,13 @@ def _subgraph(gm: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
 
 
 def _head_module(
-    gm: fx.GraphModule,
-    order: list[fx.Node],
-    region: set[fx.Node],
-    feeding: list[fx.Node],
-    narrow: list[fx.Node],
-    looked_into: list[fx.Node],
-    width: int,
+    gm: fx.GraphModule, region: set[fx.Node], arguments: list[fx.Node], results: list[fx.Node]
 ) -> fx.GraphModule:
     graph = fx.Graph()
-    env = {node: graph.placeholder(node.name) for node in feeding}
-    requests = [(_placeholder(graph, "index"), _placeholder(graph, "column")) for _ in looked_into]
-    for node in order:
+    env = {node: graph.placeholder(node.name) for node in arguments}
+    for node in gm.graph.nodes:
         if node in region or is_mode_switch(node):
             env[node] = graph.node_copy(node, env.__getitem__)
-    entries = []
-    for node, request in zip(looked_into, requests, strict=True):
-        rows = graph.call_function(aten.reshape.default, (env[node], [-1, width]))
-        entries.append(graph.call_function(torch.ops.pgcompile.gather_entries.default, (rows, *request)))
-    graph.output((*(env[n] for n in narrow), *entries))
+    graph.output(tuple(env[n] for n in results))
     drop_dead(graph)
     return module_of(gm, graph)
-
-
-def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    """One more, with a name of its own: the generated function's argument is called like its target."""
-    node = graph.placeholder(name)
-    node.target = node.name
-    return node
-
-
-def _lookups(late: fx.GraphModule, late_inputs: list[tuple[str, int]]) -> list[tuple[fx.Node, int]] | None:
-    """The late graph's label lookups and the packed output that each looks into; None if one is read otherwise."""
-    placeholders = late.graph.find_nodes(op="placeholder")
-    found = []
-    index_of = {p: i for p, (kind, i) in zip(placeholders, late_inputs, strict=True) if kind == "packed"}
-    for node in late.graph.nodes:
-        if node.target in (gather_entries, label_loss):
-            found.append((node, index_of[node.args[0]]))
-    looked_into = {index for _, index in found}
-    for placeholder, index in index_of.items():
-        is_whole = any(
-            u.target not in (gather_entries, label_loss) or u.args[0] is not placeholder
-            for u in placeholder.users
-        )
-        if index in looked_into and is_whole:
-            return None
-    return found
-
-
-def _requests(late: fx.GraphModule, lookups: list[fx.Node]) -> fx.GraphModule:
-    """What is looked up, computed before the late graph runs: it depends on labels and maps alone."""
-    arguments = [_request(node) for node in lookups]
-    needed = ancestors(n for _, args in arguments for n in args if isinstance(n, fx.Node))
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in late.graph.nodes:
-        if node.op == "placeholder" or node in needed:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(
-        [graph.call_function(target, fx.map_arg(args, env.__getitem__)) for target, args in arguments]
-    )
-    return module_of(late, graph)
-
-
-def _request(lookup: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    if lookup.target is gather_entries:
-        _, token_map, dims, index = lookup.args
-        return label_request, (token_map, dims, index)
-    _, _, token_map, dims, labels, _, _, ignore_index, *_ = lookup.args
-    return loss_request, (token_map, dims, labels, ignore_index)

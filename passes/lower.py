@@ -5,7 +5,8 @@
     late       what follows the last token mixer and isn't position-wise, as written, on unpacked `[N, S, ...]` values
 
 The packed and the late graph are built side by side (lower_packed.py, lower_late.py), node by node in the original's
-order, so that mode switches stay where they were. From here on nothing is refused but what the graphs can't express.
+order, so that mode switches stay where they were; beside them a small one of the labels that the packed graph looks up
+(lower_batch.py). From here on nothing is refused but what the graphs can't express.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from .attention_match import AttentionMatch
 from .graph import is_mode_switch
 from .layout import KEY, POSITION, ROW, Dim
+from .lower_batch import RequestSide
 from .lower_late import LateSide
 from .lower_packed import PackedSide
 from .mask_columns import emit_column
@@ -38,7 +40,7 @@ from .subgraph import (
 
 
 class Lowering:
-    """Builds the three graphs. Nothing of the original graph is changed."""
+    """Builds the graphs. Nothing of the original graph is changed."""
 
     def __init__(
         self,
@@ -61,7 +63,8 @@ class Lowering:
         self.position_is_key = False
         self.scored = scored_selections(analysis, self.live)
         self.packed = PackedSide(self)
-        self.late = LateSide(self, self.packed)
+        self.requests = RequestSide(self)
+        self.late = LateSide(self, self.packed, self.requests)
 
     def run(self) -> PackedGraphs | Unsupported:
         values = self.analysis.values
@@ -171,6 +174,7 @@ class Lowering:
 
     def _finish(self) -> PackedGraphs | Unsupported:
         self.packed.graph.output(tuple(self.packed.outputs))
+        self.requests.graph.output(tuple(self.requests.requests.values()))
         for graph in (self.packed.graph, self.late.graph):
             drop_dead(graph)
             for node in graph.nodes:
@@ -179,6 +183,7 @@ class Lowering:
         late_inputs = used_inputs(self.late.graph, self.late.inputs)
         order_placeholders(self.packed.graph, list(inputs.values()))
         order_placeholders(self.late.graph, list(late_inputs.values()))
+        order_placeholders(self.requests.graph, list(self.requests.inputs.values()))
         formulas = {m.formula.data: m.formula for m in self.matches.values()}
         for factor in (f for group in self.guards.groups for f in group):
             self.late.note_cuts(factor.selection)
@@ -220,6 +225,9 @@ class Lowering:
             results=list(self.prologue_results),
             inputs=list(inputs),
             late_inputs=list(late_inputs),
+            requests=module_of(self.gm, self.requests.graph),
+            request_inputs=list(self.requests.inputs),
+            request_widths=self.requests.widths,
             keys=list(self.keys),
             position_is_key=self.position_is_key,
             whole=self.analysis.whole,

@@ -9,44 +9,31 @@ from torch import fx
 
 from .graph import aten, base_of, bound_args, memory_order, val
 from .layout import Selection, TokenLayout
+from .lower_batch import BatchSide, RequestSide, cut_of
 from .lower_packed import PackedSide
 from .packed_graphs import ResultRef
-from .propagate import NUMBER
-from .rules import LATE, PROLOGUE, STREAM
+from .rules import LATE, STREAM
 from .subgraph import views_of_shared_outputs
-from .unpack import gather_entries, label_loss, unpack_tokens
+from .unpack import label_loss, unpack_numbers, unpack_tokens
 
 if TYPE_CHECKING:
     from .lower import Lowering
 
 
-class LateSide:
+class LateSide(BatchSide):
     """Builds the late graph, node by node, in the order of the original.
 
     Args:
         whole: what is being lowered.
         packed: the packed graph, which gets the results that are unpacked here.
+        requests: the graph of requests, which gets those of labels.
     """
 
-    def __init__(self, whole: Lowering, packed: PackedSide) -> None:
-        self.whole, self.packed = whole, packed
-        self.graph = fx.Graph()
-        self.env: dict[fx.Node, Any] = {}
-        self.inputs: dict[tuple[str, int], fx.Node] = {}
-        self.maps: dict[tuple[int, str], fx.Node] = {}
+    def __init__(self, whole: Lowering, packed: PackedSide, requests: RequestSide) -> None:
+        super().__init__(whole)
+        self.packed, self.requests = packed, requests
         self.cuts: dict[Selection, tuple[Any, Any]] = {}
         self.shared_views = views_of_shared_outputs(whole.gm.graph)
-
-    def _input(self, source: str, index: int) -> fx.Node:
-        found = self.inputs.get((source, index))
-        if found is None:
-            first = next(iter(self.graph.nodes), None)
-            with (
-                self.graph.inserting_before(first) if first is not None else self.graph.inserting_after(None)
-            ):
-                found = self.graph.placeholder(f"{source}_{index}")
-            self.inputs[(source, index)] = found
-        return found
 
     def output_value(self, node: fx.Node) -> Any:
         """The late graph's value that the caller gets: zeros where tokens were dropped."""
@@ -65,7 +52,7 @@ class LateSide:
     def _unpacked(self, node: fx.Node, source: str) -> fx.Node:
         layout = self.whole.analysis.values[node].layout
         packed = self._packed_result(self.packed.value(node))
-        token_map = self._map(layout.selection, source)
+        token_map = self.map(layout.selection, source)
         # what runs as written, in this graph or after it, may look at memory through another shape
         return self.graph.call_function(
             unpack_tokens, (packed, token_map, layout.dims, memory_order(val(node)))
@@ -77,50 +64,24 @@ class LateSide:
         Dropped tokens get the value of another one. Whatever reads them is switched off there by a factor of zero
         (`padding.py`), and zero times a number is zero; but zeros in their place might become infinite on the way.
         """
-        if node in self.env:
-            return self.env[node]
-        kind = self.whole.analysis.kind(node)
-        if node in self.whole.placeholders:
-            found: Any = self._input("argument", self.whole.placeholders[node])
-        elif kind in (PROLOGUE, NUMBER):
-            found = self._input("prologue", self.whole.result(node))
-        elif kind == STREAM and node in self.shared_views:
-            found = self.graph.node_copy(
-                node, self.value
-            )  # of the unpacked base: outputs that share memory still do
-        elif kind == STREAM:
-            found = self._unpacked(node, "token_of")
-        else:
-            raise AssertionError(f"{node} ({kind}) comes too late")
-        self.env[node] = found
-        return found
+        is_stream = self.whole.analysis.kind(node) == STREAM and node not in self.whole.placeholders
+        if is_stream and node not in self.env:
+            # outputs that share memory still do: a view of the unpacked base
+            is_view = node in self.shared_views
+            self.env[node] = (
+                self.graph.node_copy(node, self.value) if is_view else self._unpacked(node, "token_of")
+            )
+        return super().value(node)
 
     def _packed_result(self, packed: fx.Node) -> fx.Node:
         """The late graph's input for a value of the packed graph."""
         index = self.packed.outputs.setdefault(packed, len(self.packed.outputs))
         return self._input("packed", index)
 
-    def _map(self, selection: Selection, source: str = "token_of") -> fx.Node:
-        """The map from the tokens of a selection to packed tokens: the same cuts, applied to a map [N, S].
-
-        `source` is "token_of", or "class_of", which has -1 where a token was dropped. Where tokens were picked out, the
-        map leads to those.
-        """
-        if selection.parent is None:
-            return self._input(source, 0)
-        found = self.maps.get((id(selection), source))
-        if found is None:
-            target, args = _cut(selection)
-            is_scored = selection in self.whole.scored
-            parent = self._input(f"scored_{source}", 0) if is_scored else self._map(selection.parent, source)
-            found = self.graph.call_function(target, (parent, *fx.map_arg(args, self.value)))
-            self.maps[(id(selection), source)] = found
-        return found
-
     def note_cuts(self, selection: Selection) -> None:
         """What the plan needs to apply a selection's cuts by itself."""
         if selection.parent is not None and selection not in self.cuts:
-            target, args = _cut(selection)
+            target, args = cut_of(selection)
             self.cuts[selection] = (target, fx.map_arg(args, self._result_ref))
             self.note_cuts(selection.parent)
 
@@ -133,42 +94,34 @@ class LateSide:
         self.env[node] = special(self, node, outcome) if special else self.graph.node_copy(node, self.value)
 
     def gather_entries(self, node: fx.Node, outcome: Any) -> fx.Node:
-        args = bound_args(node)[0]
-        layout = outcome.layout
-        return self.graph.call_function(
-            gather_entries,
-            (
-                self._packed_result(self.packed.value(args[0])),
-                self._map(layout.selection),
-                layout.dims,
-                self.value(args[2]),
-            ),
-        )
+        x, _, index, *_ = bound_args(node)[0]
+        entries = self._entries(self.packed.value(x), outcome.layout, index, None, val(x).shape[-1])
+        return self.graph.call_function(aten.reshape_as.default, (entries, self.value(index)))
 
     def label_loss(self, node: fx.Node, outcome: Any) -> fx.Node:
-        """Log-probabilities are packed; the label's entries are gathered; the reduction runs as written."""
+        """Log-probabilities are packed, and the labels' entries looked up there; the reduction runs as written."""
         x, target, weight, reduction, ignore_index, *smoothing = bound_args(node)[0]
-        layout, logs, smooth = outcome.layout, self.packed.value(x), None
+        call, logs, smooth = self.packed.graph.call_function, self.packed.value(x), None
         if val(x).dtype != val(node).dtype:  # autocast computes the loss in float32
-            logs = self.packed.graph.call_function(aten.to.dtype, (logs, val(node).dtype))
+            logs = call(aten.to.dtype, (logs, val(node).dtype))
         if outcome.action == "cross_entropy_loss":
-            logs = self.packed.graph.call_function(aten.log_softmax.int, (logs, -1))
+            logs = call(aten.log_softmax.int, (logs, -1))
         if smoothing and smoothing[0]:
-            scaled = (
-                logs
-                if weight is None
-                else self.packed.graph.call_function(aten.mul.Tensor, (logs, self.packed.value(weight)))
-            )
-            smooth = self._packed_result(
-                self.packed.graph.call_function(aten.sum.dim_IntList, (scaled, [-1]))
-            )
-        return self.graph.call_function(
-            label_loss,
-            (
-                self._packed_result(logs), smooth, self._map(layout.selection), layout.dims, self.value(target),
-                None if weight is None else self.value(weight), reduction, ignore_index, *smoothing,
-            ),
-        )  # fmt: skip
+            scaled = logs if weight is None else call(aten.mul.Tensor, (logs, self.packed.value(weight)))
+            mean = self._packed_result(call(aten.mean.dim, (scaled, [-1])))
+            where = self.map(outcome.layout.selection), outcome.layout.dims
+            smooth = self.graph.call_function(unpack_numbers, (mean, *where))
+        entries = self._entries(logs, outcome.layout, target, ignore_index, val(x).shape[-1])
+        weight = None if weight is None else self.value(weight)
+        given = entries, self.value(target), weight, reduction, ignore_index, smooth, *smoothing
+        return self.graph.call_function(label_loss, given)
+
+    def _entries(
+        self, packed: fx.Node, layout: TokenLayout, labels: fx.Node, ignore_index: int | None, width: int
+    ) -> fx.Node:
+        """Entries [M, K] of a packed value, looked up in the packed graph."""
+        request = self.requests.add(layout, labels, ignore_index, width)
+        return self._packed_result(self.packed.look_up(packed, request, width))
 
     def is_unpacked(self, node: fx.Node) -> bool:
         """Is the value used outside of the packed graph, other than as the logits of a label gather or loss?"""
@@ -187,19 +140,6 @@ class LateSide:
         if layout is not None:
             self.note_cuts(layout.selection)
         return layout
-
-
-def _cut(selection: Selection) -> tuple[Any, tuple[Any, ...]]:
-    """The operation that cuts a selection from its parent, and its arguments after the map."""
-    node = selection.node
-    assert node is not None
-    rest = list(bound_args(node)[0][1:])
-    if node.target is aten.index.Tensor:
-        given = [i for i in rest[0] if i is not None]
-        rest[0] = [None] * selection.dim + given if len(given) == 1 else given
-    else:
-        rest[0] = selection.dim
-    return node.target, tuple(rest)
 
 
 LATE_LOWERINGS: dict[str, Callable[[LateSide, fx.Node, Any], fx.Node]] = {

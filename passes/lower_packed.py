@@ -159,6 +159,14 @@ class PackedSide:
         rows = self.graph.call_function(torch.ops.pgcompile.gather_tokens.default, (weight, flat))
         return self.graph.call_function(aten.reshape.default, (rows, outcome.layout.packed_shape()))
 
+    def look_up(self, x: fx.Node, request: int, width: int) -> fx.Node:
+        """Entries [M, K] of a value of this graph, `[..T.., V]`: here, so that a compiler can fuse it with what makes
+        that value, which then is never written."""
+        index = self._input(Input("request_index", request), "index")
+        column = self._input(Input("request_column", request), "column")
+        rows = self.graph.call_function(aten.reshape.default, (x, [-1, width]))
+        return self.graph.call_function(torch.ops.pgcompile.gather_entries.default, (rows, index, column))
+
     def table(self, node: fx.Node, outcome: Any) -> fx.Node:
         """`parameter[:S]` along the position dim: one entry per packed token."""
         self.whole.position_is_key = True

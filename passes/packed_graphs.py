@@ -19,9 +19,10 @@ class Input:
 
     Args:
         kind: "argument" (the graph's own argument `index`), "value" (prologue result `index`, the same for all
-            tokens), "column" (prologue result `index`, packed by `dims`), or a tensor of the plan ("subtree_end",
-            "depth", "segments", "positions", "scored", "hides" of the set of mask columns `index`).
-        index: which argument, prologue result, data mask or set of mask columns.
+            tokens), "column" (prologue result `index`, packed by `dims`), "request_index" and "request_column" (of
+            request `index`), or a tensor of the plan ("subtree_end", "depth", "segments", "positions", "scored",
+            "hides" of the set of mask columns `index`).
+        index: which argument, prologue result, request, data mask or set of mask columns.
         dims: for columns, what their dims are.
     """
 
@@ -42,11 +43,15 @@ class Source:
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """Result of the head: the packed graph's output `index`; wide ones are read by label lookups alone."""
+    """Result of the head: the packed graph's output `index`, which has its tokens in a dim, or entries of a request.
+
+    Args:
+        request: which of the head's requests the entries [M, K] are for.
+    """
 
     index: int
-    token_dim: int
-    is_wide: bool
+    token_dim: int = -1
+    request: int | None = None
 
 
 @dataclass
@@ -56,12 +61,10 @@ class Head:
     Args:
         trunk: `(*inputs of the packed graph) -> (*packed outputs that it has, *values for the head)`.
         trunk_outputs: which output of the packed graph each of the trunk's first results is.
-        head: `(*inputs as in `sources`, *index [M] and column [M, K] of each request) -> (*narrow results as in
-            `outputs`, *entries [M, K] of each request)`, for any number of tokens.
-        requests: `(*late inputs) -> [(index [M], column [M, K]), ...]`: the label lookups, in the late graph's order.
-        request_outputs: the packed output that each of them looks into.
-        width: V, of the widest values.
-        token_bytes: what the results of the widest layers take for each token.
+        head: `(*inputs as in `sources`, *index [M] and column [M, K] of each request) -> (*results as in `outputs`)`,
+            for any number of tokens.
+        requests: for each request, which of the packed graph's inputs its index and column are.
+        token_bytes: what the results of the widest layers take for each token, in the widest dtype behind them.
         recomputed: operations that backward computes again, by name.
         is_scored: its tokens are the scored ones.
     """
@@ -71,9 +74,7 @@ class Head:
     head: fx.GraphModule
     sources: list[Source]
     outputs: list[HeadOutput]
-    requests: fx.GraphModule
-    request_outputs: list[int]
-    width: int
+    requests: list[tuple[int, int]]
     token_bytes: int
     recomputed: list[str]
     is_scored: bool
@@ -100,6 +101,8 @@ class PackedGraphs:
         prologue: `(*arguments) -> tuple` of prologue results, indexed below.
         packed: `(*inputs) -> tuple` of stream values, as `inputs` says.
         late: `(*arguments, *prologue results, *packed results, class_of) -> outputs`; `late_inputs` picks from these.
+        requests: `(*arguments, *prologue results, class_of) -> [(index [M], column [M, K]), ...]`, the entries that the
+            packed graph looks up, of as many values as `request_widths` says; `request_inputs` picks from these.
         keys: prologue results `(index, dims)` that tell token classes apart; see `docs/design.md`.
         position_is_key: the column index entered the stream (a table by position).
         mask_columns: the distinct sets of columns that attentions have.
@@ -119,6 +122,9 @@ class PackedGraphs:
     late: fx.GraphModule
     inputs: list[Input]
     late_inputs: list[tuple[str, int]]
+    requests: fx.GraphModule
+    request_inputs: list[tuple[str, int]]
+    request_widths: list[int]
     keys: list[tuple[int, tuple[Dim, ...]]]
     position_is_key: bool
     mask_columns: list[MaskColumns]

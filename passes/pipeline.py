@@ -116,7 +116,7 @@ def _dump(folder: str | None, name: str, when: str, compilation: Compilation) ->
     text = []
     graphs: dict[str, Any] = {"dynamo": compilation.dynamo, "aten": compilation.aten}
     if compilation.graphs is not None:
-        graphs = {k: getattr(compilation.graphs, k) for k in ("prologue", "packed", "late")}
+        graphs = {k: getattr(compilation.graphs, k) for k in ("prologue", "requests", "packed", "late")}
     for label, gm in graphs.items():
         if gm is not None:
             text.append(f"# {label}\n{gm.print_readable(print_output=False)}")

@@ -55,67 +55,44 @@ def flat_map(token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:
     return (token_map.t() if factors == [POSITION, ROW] else token_map).reshape(-1)
 
 
-class Gathered:
-    """A packed value `[.., T, V]` that was never whole: the entries of it that the late graph looks up, in its order.
-
-    Args:
-        entries: `[M, K]` for each lookup.
-        dtype: of the value.
-        width: V.
-    """
-
-    def __init__(self, entries: list[Tensor], dtype: torch.dtype, width: int) -> None:
-        self.entries, self.dtype, self.width = iter(entries), dtype, width
+def unpack_numbers(x: Tensor, token_map: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+    """A number of each packed token, `[T]` or `[1, T]`, for the tokens of the batch: `[M]`."""
+    return torch.ops.pgcompile.gather_tokens(x.reshape(-1), flat_map(token_map, dims))
 
 
 def label_request(token_map: Tensor, dims: tuple[Dim, ...], index: Tensor) -> tuple[Tensor, Tensor]:
     """Packed index [M] of each token of the batch, and the entries [M, K] that are looked up there."""
-    return flat_map(token_map, dims), index.reshape(-1, index.shape[-1])
+    column = index.reshape(-1, index.shape[-1])
+    return flat_map(token_map, dims).contiguous(), column.to(torch.int64).contiguous()
 
 
 def loss_request(
     token_map: Tensor, dims: tuple[Dim, ...], target: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """The same for a loss against class indices."""
-    return flat_map(token_map, dims), torch.where(target != ignore_index, target, 0)[:, None]
-
-
-def _look_up(x: Tensor | Gathered, dims: tuple[Dim, ...], request: tuple[Tensor, Tensor]) -> Tensor:
-    if isinstance(x, Gathered):
-        return next(x.entries)
-    return torch.ops.pgcompile.gather_entries(tokens_first(x, dims), *request)
-
-
-def gather_entries(x: Tensor | Gathered, token_map: Tensor, dims: tuple[Dim, ...], index: Tensor) -> Tensor:
-    """`x.gather(-1, index)` for packed `x [.., T, V]` and `index [..tokens.., K]` of the batch."""
-    return _look_up(x, dims, label_request(token_map, dims, index)).reshape(index.shape)
+    return label_request(token_map, dims, torch.where(target != ignore_index, target, 0)[:, None])
 
 
 def label_loss(
-    log_probs: Tensor | Gathered, smooth: Tensor | None, token_map: Tensor, dims: tuple[Dim, ...], target: Tensor,
-    weight: Tensor | None, reduction: int, ignore_index: int, label_smoothing: float = 0.0,
+    entries: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int,
+    smooth: Tensor | None, label_smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """cross_entropy_loss and nll_loss from packed log-probabilities `[T, V]`.
+    """cross_entropy_loss and nll_loss from the labels' log-probabilities.
 
     Args:
-        smooth: packed `[T]`, the (weighted) sum of each token's log-probabilities, if labels are smoothed.
+        entries: `[M, 1]`, anything where labels are ignored.
         target: int64 `[M]` class indices.
         reduction: 0 none, 1 mean, 2 sum, as ATen has it.
+        smooth: `[M]`, the (weighted) mean of each token's log-probabilities, if labels are smoothed.
     """
     kept = target != ignore_index
     label = torch.where(kept, target, 0)
-    weights = (
-        kept.to(log_probs.dtype)
-        if weight is None
-        else torch.where(kept, weight[label].to(log_probs.dtype), 0)
-    )
-    found = _look_up(log_probs, dims, loss_request(token_map, dims, target, ignore_index))
-    loss = torch.where(kept, -found[:, 0], 0) * weights  # an ignored label may be impossible: -inf
+    weights = kept.to(entries.dtype)
+    if weight is not None:
+        weights = torch.where(kept, weight[label].to(entries.dtype), 0)
+    loss = torch.where(kept, -entries[:, 0], 0) * weights  # an ignored label may be impossible: -inf
     if smooth is not None:
-        classes = log_probs.width if isinstance(log_probs, Gathered) else log_probs.shape[-1]
-        index = flat_map(token_map, dims)
-        smoothed = torch.where(kept, -torch.ops.pgcompile.gather_tokens(smooth.reshape(-1), index), 0)
-        loss = (1 - label_smoothing) * loss + label_smoothing / classes * smoothed
+        loss = (1 - label_smoothing) * loss - label_smoothing * torch.where(kept, smooth, 0)
     if reduction == 0:
         return loss
     wide = torch.float32 if loss.dtype in (torch.float16, torch.bfloat16) else loss.dtype

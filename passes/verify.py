@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .packed_graphs import PackedGraphs
 from .reasons import Unsupported
 from .scored import is_scored
 
-TOKENS, SCORED = 7919, 7907  # primes that no model has as a size
+TOKENS, SCORED, LOOKED_UP = 7919, 7907, 7901  # primes that no model has as a size
 
 
 def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
@@ -34,10 +35,20 @@ def verify(graphs: PackedGraphs, aten_gm: fx.GraphModule) -> Unsupported | None:
 
 
 def fake_inputs(
-    graphs: PackedGraphs, aten_gm: fx.GraphModule, tokens: Any, segments: Any = 5, scored: Any = SCORED
+    graphs: PackedGraphs,
+    aten_gm: fx.GraphModule,
+    tokens: Any,
+    segments: Any = 5,
+    scored: Any = SCORED,
+    requests: Sequence[tuple[Any, Any]] | None = None,
 ) -> list[Any] | Unsupported:
     """The packed graph's inputs for numbers of tokens, segments and scored tokens (ints or SymInts), under the active
-    fake mode."""
+    fake mode.
+
+    Args:
+        requests: M and K of each.
+    """
+    requests = [(LOOKED_UP, 3)] * len(graphs.request_widths) if requests is None else requests
     placeholders = aten_gm.graph.find_nodes(op="placeholder")
     made: list[Any] = []
     for spec in graphs.inputs:
@@ -65,6 +76,9 @@ def fake_inputs(
             made.append(torch.empty((segments, 5), dtype=torch.int64, device="cpu"))
         elif spec.kind == "scored":
             made.append(torch.empty((scored,), dtype=torch.int64, device=_device(graphs)))
+        elif spec.kind in ("request_index", "request_column"):
+            shape = requests[spec.index] if spec.kind == "request_column" else requests[spec.index][:1]
+            made.append(torch.empty(shape, dtype=torch.int64, device=_device(graphs)))
         elif spec.kind == "hides":
             made.append(torch.empty((2,), dtype=torch.bool, device="cpu"))
         elif spec.kind == "data_mask":

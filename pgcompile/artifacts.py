@@ -29,7 +29,7 @@ Bounds = tuple[float, float]
 ANY: Bounds = (0, math.inf)
 
 # Sizes (ints or SymInts) → a graph's inputs, under the active fake mode.
-Inputs = Callable[[Sequence[Any]], list[Any]]
+Examples = Callable[[Sequence[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Family:
         self.failures: list[str] = []
 
     def compiled(
-        self, gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], options: Options
+        self, gm: fx.GraphModule, examples: Examples, sizes: Sequence[Size], options: Options
     ) -> Callable[..., Any]:
         """The graph, compiled for these sizes, on first use.
 
@@ -86,7 +86,7 @@ class Family:
             if found is None:
                 self._check_attempts()
                 try:
-                    found = _compile(gm, inputs, sizes, options)
+                    found = _compile(gm, examples, sizes, options)
                 except Exception as error:  # raised again, and counted
                     self.failures.append(f"{type(error).__name__}: {error}")
                     raise
@@ -100,17 +100,17 @@ class Family:
     def _check_attempts(self) -> None:
         if len(self.artifacts) + len(self.failures) >= self.MOST:
             last = f", the last one with {self.failures[-1]}" if self.failures else ""
-            text = f"the inner compiler was called {self.MOST} times for numbers of tokens, and failed in "
+            text = f"the inner compiler was called {self.MOST} times for one graph, and failed in "
             raise RuntimeError(f"{text}{len(self.failures)} of them{last}")
 
 
 _families: weakref.WeakValueDictionary[Any, Family] = weakref.WeakValueDictionary()
 
 
-def family_of(gm: fx.GraphModule, inputs: Inputs, sizes: int, options: Options) -> Family:
+def family_of(gm: fx.GraphModule, examples: Examples, sizes: int, options: Options) -> Family:
     """The artifacts for a graph with so many sizes, shared with equal graphs."""
     with inner.compiling(), FakeTensorMode(allow_non_fake_inputs=True):
-        types = _types(inputs([7919 + 2 * i for i in range(sizes)]))
+        types = _types(examples([7919 + 2 * i for i in range(sizes)]))
     key = (structure(gm), types, options.inner, options.inner_mode, options.check == 0, modes())
     with compile_lock:
         return _families.setdefault(key, Family())
@@ -124,37 +124,47 @@ class Families:
         self.found: dict[Any, Family] = {}
 
     def compiled(
-        self, gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], key: Hashable
+        self, gm: fx.GraphModule, examples: Examples, sizes: Sequence[Size], key: Hashable
     ) -> Callable[..., Any]:
         """As `Family.compiled`."""
         known = modes(), key
         family = self.found.get(known)
         if family is None:
-            family = self.found[known] = family_of(gm, inputs, len(sizes), self.options)
-        return family.compiled(gm, inputs, sizes, self.options)
+            family = self.found[known] = family_of(gm, examples, len(sizes), self.options)
+        return family.compiled(gm, examples, sizes, self.options)
 
 
-def _compile(gm: fx.GraphModule, inputs: Inputs, sizes: Sequence[Size], options: Options) -> Artifact:
+def _compile(gm: fx.GraphModule, examples: Examples, sizes: Sequence[Size], options: Options) -> Artifact:
     if options.inner == "eager":
         return Artifact(without_compiler(gm), [ANY] * len(sizes))
+    large = [100003 + 16 * i for i in range(len(sizes))]
+    hints = [size.number if size.is_hint else hint for size, hint in zip(sizes, large, strict=True)]
+    artifact, guards = _compile_for(gm, examples, hints, options)
+    if not artifact.serves(sizes):  # it did go by a hint
+        hints = [size.number if size.number > 1 else hint for size, hint in zip(sizes, hints, strict=True)]
+        artifact, guards = _compile_for(gm, examples, hints, options)
+    if not artifact.serves(sizes):
+        raise RuntimeError(f"the inner compiler specialised a number of tokens or labels: {guards}")
+    return artifact
+
+
+def _compile_for(
+    gm: fx.GraphModule, examples: Examples, hints: Sequence[int], options: Options
+) -> tuple[Artifact, str]:
+    """An artifact for these sizes and more, and the guards that it came with."""
     env = ShapeEnv()
-    hints = [size.number if size.is_hint else 100003 + 16 * i for i, size in enumerate(sizes)]
-    symbolic = [dynamic_size(env, f"tokens_{i}", hint) for i, hint in enumerate(hints)]
+    symbolic = [dynamic_size(env, f"size_{i}", hint) for i, hint in enumerate(hints)]
     symbols = [size.node.expr for size in symbolic]  # once specialised, a size no longer shows its symbol
     with FakeTensorMode(shape_env=env):
-        examples = inputs(symbolic)
-    call = inner.compile_inner(gm, examples, options, cuda_graphs=False)
-    served = [ANY] * len(sizes)
+        inputs = examples(symbolic)
+    call = inner.compile_inner(gm, inputs, options, cuda_graphs=False)
+    served = [ANY] * len(hints)
     for guard in env.guards:
         for i, (symbol, hint) in enumerate(zip(symbols, hints, strict=True)):
             if symbol in guard.expr.free_symbols:
                 low, high = _bounds(guard.expr, symbol, hint)
                 served[i] = max(served[i][0], low), min(served[i][1], high)
-    artifact = Artifact(call, served)
-    if not artifact.serves(sizes):
-        guards = ", ".join(str(guard.expr) for guard in env.guards)
-        raise RuntimeError(f"the inner compiler specialised a size of the packed tokens: {guards}")
-    return artifact
+    return Artifact(call, served), ", ".join(str(guard.expr) for guard in env.guards)
 
 
 def _bounds(guard: Any, symbol: Any, hint: int) -> Bounds:

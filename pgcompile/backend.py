@@ -14,27 +14,25 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import check, ops, stats  # noqa: F401 - ops registers the operators
-from .artifacts import Families, Size
+from . import check, stats
 from .breaks import break_behind
 from .calibration import read_speed
-from .chunks import ChunkedHead, Lookup, chunk_size, number_of_chunks
 from .columns import DenseCall, batch_sizes, rows_first
 from .cost import Cost, Speed, count_work, saved_work, why_not_worth_it
 from .engines import Scores
-from .engines.choose import choose_for_heads, engines_used
+from .engines.choose import choose_for_heads
 from .errors import backward_failures, belongs_to_caller
 from .generation import compiled_module, keep_generation_out
 from .inner import DenseGraph, compiling
 from .modes import GlobalModes
 from .options import Options
+from .packed_run import PackedRun
 from .packed_tree import PackedTrees
 from .passes import PASSES, Compilation, FallbackReason, run_passes
 from .passes.checkpoint import without_compiler
@@ -42,9 +40,9 @@ from .passes.layout import POSITION, ROW, Dim
 from .passes.numbers import with_numbers
 from .passes.packed_graphs import Input, PackedGraphs
 from .passes.reasons import HARMLESS, Unsupported
-from .passes.verify import fake_inputs
 from .plan import Plan, build_plan, kept_elements
 from .report import AttentionReport, BatchReport, FallbackError, GraphReport, describe, log
+from .requests import Request
 
 # Reports go to the collector of the `explain` call that compiled the graph, if there is one.
 Collector = Callable[[GraphReport | BatchReport], None]
@@ -176,8 +174,7 @@ class PackedCall:
         self.speed = speed
         self.dense = DenseGraph(compilation, options)
         self.numbers = compilation.numbers
-        self.families = Families(options)
-        self.head = None if self.graphs.head is None else ChunkedHead(self.graphs.head, options)
+        self.run = PackedRun(self.graphs, self.aten, options)
         self.trees = PackedTrees()
         inputs = enumerate(self.graphs.inputs)
         self.made_inputs = [(at, spec) for at, spec in inputs if spec.kind != "argument"]
@@ -195,7 +192,8 @@ class PackedCall:
         switches = GlobalModes()
         try:
             results, plan = self._plan(args, report)
-            inputs = self._inputs(args, results, plan)
+            requests = self._requests(args, results, plan)
+            inputs = self._inputs(args, results, requests, plan)
         except DenseCall as reason:
             return self._run_dense(given, report, reason.kind, reason.explanation)
         except Exception as error:  # nothing ran yet: the original does, and says why
@@ -204,13 +202,7 @@ class PackedCall:
                 raise
             return self._run_dense(given, report, "internal_error", f"{type(error).__name__}: {error}", error)
         try:
-            run = self._compiled(plan, report)
-            lookups = self._lookups(args, results, plan, report.head_chunks)
-            with engines_used() as report.engines:
-                packed = run(*inputs)
-            if self.head is not None and report.head_chunks:
-                packed = self.head.run(packed, inputs, lookups, self._head_tokens(plan), report.head_chunks)
-            outputs = self._late(args, results, packed, plan)
+            outputs = self._late(args, results, self.run(inputs, requests, plan, report), plan)
         except Exception as error:  # the same: nothing has been written to
             switches.restore()
             if belongs_to_caller(error):
@@ -264,57 +256,29 @@ class PackedCall:
             raise DenseCall("not_worth_it", text)
         return results, plan
 
-    def _inputs(self, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> list[Any]:
+    def _requests(self, args: Sequence[Any], results: Sequence[Any], plan: Plan) -> Sequence[Request]:
+        found: Sequence[Request] = self.graphs.requests(
+            *self._chosen(self.graphs.request_inputs, args, results, (), plan)
+        )
+        return found
+
+    def _inputs(
+        self, args: Sequence[Any], results: Sequence[Any], requests: Sequence[Request], plan: Plan
+    ) -> list[Any]:
         inputs = [args[spec.index] if spec.kind == "argument" else None for spec in self.graphs.inputs]
         for at, spec in self.made_inputs:
-            inputs[at] = self._input(spec, results, plan)
+            inputs[at] = self._input(spec, results, requests, plan)
         return inputs
 
-    def _compiled(self, plan: Plan, report: BatchReport) -> Callable[..., Any]:
-        if plan.tokens == 1 or (plan.scored is not None and plan.scored.tokens == 1):
-            # sizes of 1 are special to compilers, and there is nothing to gain
-            return self.eager_packed
-        graphs = self.graphs
-        if graphs.head is not None:
-            report.head_chunks = number_of_chunks(graphs.head, self._head_tokens(plan), plan.tree.device)
-            if report.head_chunks:
-                graphs = replace(graphs, packed=graphs.head.trunk)
-
-        def examples(sizes: Sequence[Any]) -> list[Any]:
-            made = fake_inputs(graphs, self.aten, *sizes)
-            assert isinstance(made, list)  # or `verify` would have refused the graph
-            return made
-
-        segments = Size(plan.tree.prefix_tree.num_segments, is_hint=False)
-        scored = Size(0, is_hint=False) if plan.scored is None else Size(plan.scored.tokens)
-        sizes = [Size(plan.tokens), segments, scored]
-        return self.families.compiled(graphs.packed, examples, sizes, report.head_chunks > 0)
-
-    @functools.cached_property
-    def eager_packed(self) -> fx.GraphModule:
-        return without_compiler(self.graphs.packed)
-
-    def _lookups(self, args: Sequence[Any], results: Sequence[Any], plan: Plan, chunks: int) -> list[Lookup]:
-        """Those of a head in chunks."""
-        if self.graphs.head is None or chunks == 0:
-            return []
-        tokens, width = self._head_tokens(plan), self.graphs.head.width
-        requests = self.graphs.head.requests(*self._late_inputs(args, results, None, plan))
-        size = chunk_size(tokens, chunks)
-        return [Lookup(index, column, tokens, size, width) for index, column in requests]
-
-    def _head_tokens(self, plan: Plan) -> int:
-        assert self.graphs.head is not None
-        if not self.graphs.head.is_scored:
-            return plan.tokens
-        assert plan.scored is not None
-        return plan.scored.tokens
-
-    def _input(self, spec: Input, results: Sequence[Any], plan: Plan) -> Any:
+    def _input(self, spec: Input, results: Sequence[Any], requests: Sequence[Request], plan: Plan) -> Any:
         if spec.kind == "value":
             return results[spec.index]
         if spec.kind == "column":
             return pack_column(results[spec.index], spec.dims, plan)
+        if spec.kind == "request_index":
+            return requests[spec.index][0]
+        if spec.kind == "request_column":
+            return requests[spec.index][1]
         if spec.kind == "data_mask":
             return plan.data_valid[spec.index][plan.tree.row, plan.tree.position]
         if spec.kind == "hides":
@@ -328,7 +292,7 @@ class PackedCall:
         }[spec.kind]  # fmt: skip
 
     def _late(self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any], plan: Plan) -> Any:
-        outputs = self.graphs.late(*self._late_inputs(args, results, packed, plan))
+        outputs = self.graphs.late(*self._chosen(self.graphs.late_inputs, args, results, packed, plan))
         if plan.valid_tokens == plan.dense_tokens or not self.graphs.to_zero:
             return outputs
         leaves, spec = tree_flatten(outputs)
@@ -339,10 +303,15 @@ class PackedCall:
             leaves[i] = leaves[i].masked_fill(~kept, 0)
         return tree_unflatten(leaves, spec)
 
-    def _late_inputs(
-        self, args: Sequence[Any], results: Sequence[Any], packed: Sequence[Any] | None, plan: Plan
+    def _chosen(
+        self,
+        inputs: Sequence[tuple[str, int]],
+        args: Sequence[Any],
+        results: Sequence[Any],
+        packed: Sequence[Any],
+        plan: Plan,
     ) -> list[Any]:
-        """The late graph's inputs; without packed values, None in their places."""
+        """Inputs of the late graph, and of that of requests (which has no packed values)."""
         sources = {
             "argument": args,
             "prologue": results,
@@ -355,10 +324,7 @@ class PackedCall:
                 "scored_class_of": (plan.scored.class_of,),
                 "scored_token_of": (plan.scored.token_of,),
             }
-        return [
-            None if values is None else values[index]
-            for values, index in ((sources[source], index) for source, index in self.graphs.late_inputs)
-        ]
+        return [sources[source][index] for source, index in inputs]
 
     def _run_dense(
         self,

@@ -6,7 +6,8 @@ chunk answers for its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +15,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .artifacts import Families, Size
-from .ops import check_columns
 from .options import Options
 from .passes.packed_graphs import Head, Source
-from .passes.unpack import Gathered
+from .report import log
+from .requests import Request, request_key, request_shapes, request_sizes
 
 # Above WHOLE_BYTES, [T, V] runs in chunks of CHUNK_BYTES. Each chunk reads the weight and adds to its gradient, which
-# has to be little beside its tokens' work, and runs twice. So on a large GPU both are larger, shares of its memory (not
-# yet measured): whole, the head takes about four times the size of [T, V] in half precision, a quarter of the memory at
-# most. (The original takes as much, at least.)
+# has to be little beside its tokens' work, and runs twice; weights of half precision are held in float32 besides. So on
+# a large GPU both are larger, shares of its memory (not yet measured): whole, the head takes two to three times the
+# size of [T, V], of its widest dtype. (The original takes as much, at least.)
 WHOLE_BYTES, CHUNK_BYTES = 1 << 30, 1 << 26
-GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 16, 64
+GPU_WHOLE_SHARE, GPU_CHUNK_SHARE = 8, 64
 
 
 def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
@@ -46,6 +47,17 @@ class ChunkedHead:
 
     def __init__(self, head: Head, options: Options) -> None:
         self.head, self.families = head, Families(options)
+        self.failed = False  # the inner compiler: it runs eagerly
+
+    def lookups(self, inputs: Sequence[Any], tokens: int, chunks: int) -> list[Lookup]:
+        """The head's requests; the host reads back where chunks end: to be called before the trunk runs.
+
+        Args:
+            inputs: of the packed graph.
+            tokens, chunks: T, and in how many parts.
+        """
+        size = -(-tokens // chunks)
+        return [Lookup(inputs[index], inputs[column], tokens, size) for index, column in self.head.requests]
 
     def run(
         self,
@@ -55,43 +67,34 @@ class ChunkedHead:
         tokens: int,
         chunks: int,
     ) -> list[Any]:
-        """The packed graph's outputs, with a `Gathered` for each that is wide.
+        """The packed graph's outputs.
 
         Args:
             values: the trunk's results; `inputs`: those of the packed graph.
-            lookups: of labels, one for each of the head's requests.
-            tokens, chunks: T, and in how many parts.
         """
-        head, size = self.head, chunk_size(tokens, chunks)
+        head, size = self.head, -(-tokens // chunks)
         arguments = [(values if s.kind == "trunk" else inputs)[s.index] for s in head.sources]
         pieces = [
             _shared(a) if s.token_dim is None else a.split(size, dim=s.token_dim)
             for a, s in zip(arguments, head.sources, strict=True)
         ]
         results = []
-        for number in range(-(-tokens // size)):
-            part = [p[number].contiguous() if isinstance(p, tuple) else p for p in pieces]
-            asked = [lookup.of(number) for lookup in lookups]
-            results.append(self._run_chunk(part, asked))
-        columns = iter(zip(*results, strict=True))
-        narrow = {
-            o.index: torch.cat(list(next(columns)), dim=o.token_dim) for o in head.outputs if not o.is_wide
-        }
-        entries = [lookup.collect(next(columns)) for lookup in lookups]
+        with _without_autocast_cache():
+            for number in range(-(-tokens // size)):
+                part = [p[number].contiguous() if isinstance(p, tuple) else p for p in pieces]
+                results.append(self._run_chunk(part, [lookup.of(number) for lookup in lookups]))
         out: list[Any] = [None] * (len(head.trunk_outputs) + len(head.outputs))
         for at, value in zip(head.trunk_outputs, values, strict=False):
             out[at] = value
-        for output in head.outputs:
-            if output.is_wide:
-                own = [
-                    e for e, index in zip(entries, head.request_outputs, strict=True) if index == output.index
-                ]
-                out[output.index] = Gathered(own, own[0].dtype, head.width)
-            else:
-                out[output.index] = narrow[output.index]
+        for output, parts in zip(head.outputs, zip(*results, strict=True), strict=True):
+            out[output.index] = (
+                torch.cat(parts, dim=output.token_dim)
+                if output.request is None
+                else lookups[output.request].collect(parts)
+            )
         return out
 
-    def _run_chunk(self, part: list[Tensor], asked: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    def _run_chunk(self, part: list[Tensor], asked: list[Request]) -> Sequence[Tensor]:
         call = self._compiled(part, asked)
 
         def run(*tensors: Tensor) -> Sequence[Tensor]:
@@ -104,28 +107,40 @@ class ChunkedHead:
         results: Sequence[Tensor] = checkpoint(run, *part, use_reentrant=False, preserve_rng_state=False)
         return results
 
-    def _compiled(self, part: list[Tensor], asked: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    def _compiled(self, part: list[Tensor], asked: list[Request]) -> Callable[..., Any]:
         graph, sources = self.head.head, self.head.sources
         tokens = next(
             x.shape[s.token_dim] for x, s in zip(part, sources, strict=True) if s.token_dim is not None
         )
-        if tokens == 1:  # sizes of 1 are special to compilers
+        if tokens == 1 or self.failed:  # sizes of 1 are special to compilers
             return graph
 
         def examples(sizes: Sequence[Any]) -> list[Any]:
             made = [_like(x, s, sizes[0]) for x, s in zip(part, sources, strict=True)]
-            for request, copies in zip(asked, sizes[1:], strict=True):
-                made += [torch.empty((copies, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in request]
+            for (index, column), shape in zip(asked, request_shapes(asked, sizes[1:]), strict=True):
+                made.append(torch.empty(shape[:1], dtype=index.dtype, device=index.device))
+                made.append(torch.empty(shape, dtype=column.dtype, device=column.device))
             return made
 
-        sizes = [Size(tokens), *(Size(len(index), is_hint=False) for index, _ in asked)]
-        widths = tuple(column.shape[1] for _, column in asked)
-        return self.families.compiled(graph, examples, sizes, widths)
+        sizes = [Size(tokens), *request_sizes(asked)]
+        try:
+            return self.families.compiled(graph, examples, sizes, request_key(asked))
+        except Exception as error:  # of somebody else's compiler, with the trunk behind us
+            self.failed = True
+            text = "the inner compiler failed on the model's head, which runs eagerly in chunks: %s: %s"
+            log.warning(text, type(error).__name__, error)
+            return graph
 
 
-def chunk_size(tokens: int, chunks: int) -> int:
-    """In tokens."""
-    return -(-tokens // chunks)
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Each chunk casts weights by itself, or their gradients would add up in half precision."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _shared(x: Any) -> Any:
@@ -145,19 +160,15 @@ def _like(x: Tensor, source: Source, tokens: Any) -> Tensor:
 
 
 class Lookup:
-    """One label lookup, its copies sorted by token and cut where chunks end.
-
-    The host reads back where that is: to be made before the trunk runs, or it waits for all of that.
+    """What is looked up, sorted by token and cut where chunks end.
 
     Args:
         index: packed index [M], -1 where dropped.
-        column: [M, K], checked here.
+        column: [M, K].
         tokens, size: T, and of a chunk.
-        width: V.
     """
 
-    def __init__(self, index: Tensor, column: Tensor, tokens: int, size: int, width: int) -> None:
-        check_columns(index, column, width)
+    def __init__(self, index: Tensor, column: Tensor, tokens: int, size: int) -> None:
         sorted_index, self.order = index.sort(stable=True)
         self.column, self.size = column[self.order], size
         edges = torch.arange(0, tokens + size, size, device=index.device).clamp(max=tokens)

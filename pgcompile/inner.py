@@ -20,8 +20,8 @@ from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from . import ops
 from .modes import modes
-from .ops import DECOMPOSITIONS
 from .options import Options
 from .passes.checkpoint import without_compiler
 from .passes.numbers import with_numbers
@@ -71,11 +71,23 @@ def _compile_inner(
         patches |= {"triton.cudagraphs": False}
     if options.check:
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    has_own = any(node.target in DECOMPOSITIONS for node in gm.graph.nodes)
-    decompositions = {**select_decomp_table(), **DECOMPOSITIONS} if has_own else None
-    compiled = compile_fx(gm, list(inputs), config_patches=patches or None, decompositions=decompositions)
+    if not _has_own_operators(gm):
+        compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
+    else:
+        # what these operators are traced to isn't in the keys of inductor's caches
+        tag = f"{torch.compiler.config.cache_key_tag} pgcompile {ops.DIGEST}"
+        decompositions = {**select_decomp_table(), **ops.DECOMPOSITIONS}
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            compiled = compile_fx(
+                gm, list(inputs), config_patches=patches or None, decompositions=decompositions
+            )
     assert callable(compiled)  # anything else is for AOTInductor
     return compiled
+
+
+def _has_own_operators(gm: fx.GraphModule) -> bool:
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return any(getattr(n.target, "namespace", None) == "pgcompile" for graph in graphs for n in graph.nodes)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -47,9 +47,9 @@ def test_chunks_of_a_gpu_are_a_share_of_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [chunks.number_of_chunks(found, tokens, cpu) for tokens in (5000, 6000)] == [0, 18]
-    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (11_000, 42_000, 43_000)] == [0, 0, 5]
+    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (11_000, 85_000, 86_000)] == [0, 0, 9]
     memory.total_memory = 16 << 30
-    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (5000, 6000)] == [0, 5]
+    assert [chunks.number_of_chunks(found, tokens, gpu) for tokens in (10_000, 11_000)] == [0, 9]
 
 
 def small_llama(name="llama"):

@@ -364,10 +364,15 @@ def run_packed(
         subtree_end=torch.from_numpy(tree.subtree_end), depth=torch.from_numpy(tree.depth),
         segments=torch.from_numpy(tree.segments), positions=batch.position,
     )  # fmt: skip
+    token_of = batch.class_of  # with -1: zeros at dropped tokens, as the inputs have
+    sources = dict(argument=inputs, prologue=results, class_of=[batch.class_of], token_of=[token_of])
+    requests = graphs.requests(*[sources[source][index] for source, index in graphs.request_inputs])
     packed_inputs = []
     for spec in graphs.inputs:
         if spec.kind == "column":
             packed_inputs.append(pack(results[spec.index], spec.dims, batch))
+        elif spec.kind in ("request_index", "request_column"):
+            packed_inputs.append(requests[spec.index][spec.kind == "request_column"])
         elif spec.kind == "hides":
             packed_inputs.append(torch.tensor([True, True]))
         else:
@@ -376,10 +381,7 @@ def run_packed(
             ])  # fmt: skip
     recorder = Recorder(graphs.packed)
     packed = recorder.run(*packed_inputs, enable_io_processing=False)
-    token_of = batch.class_of  # with -1: zeros at dropped tokens, as the inputs have
-    sources = dict(
-        argument=inputs, prologue=results, packed=packed, class_of=[batch.class_of], token_of=[token_of]
-    )
+    sources["packed"] = packed
     late = [sources[source][index] for source, index in graphs.late_inputs]
     found = [lowering.packed.env.get(node) for node in graph.results]
     layouts = [(analysis.values[node].layouts or (None,))[0] for node in graph.results]

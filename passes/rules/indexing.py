@@ -140,7 +140,7 @@ def _look_up(op: Op, table: Operand, given: dict[int, Operand]) -> Outcome | Uns
 
 
 def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outcome | Unsupported:
-    """gather along a plain dim. A late index (labels) gives an entry of its token for each label of the batch."""
+    """gather along a plain dim. Labels give an entry of its token for each label of the batch."""
     if not isinstance(x, Operand) or x.kind != STREAM:
         return refuse("unknown_op", "a table is gathered by values computed from tokens")
     rank = x.tokens.rank
@@ -162,6 +162,8 @@ def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outco
             {index.node: (*aligned[:dim], plain(index.shape[dim]), *aligned[dim + 1 :])} if aligned else {}
         )
         return Outcome(x.tokens.with_dims(dims), columns)
+    if index.kind not in (PROLOGUE, DENSE):
+        return refuse("token_mixing", "gather by an index that isn't known from inputs alone")
     if dim != rank - 1 or not has_one_wide_dim(x):
         return refuse("token_mixing", "labels are gathered from a value of more than one plain dim")
     return Outcome(x.tokens, action="gather_entries", detail=index.node)
