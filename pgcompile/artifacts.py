@@ -7,6 +7,7 @@ parameters are inputs.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -47,7 +48,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled graph, and the sizes that it serves.
+    """A compiled graph, `(*sizes, *inputs) -> results`, and the sizes that it serves.
 
     These are all, unless the inner compiler chose code by size. (Inductor's C++ code sums more than 4096 numbers in
     another way than fewer, and guards on that.)
@@ -58,6 +59,10 @@ class Artifact:
 
     def serves(self, sizes: Sequence[Size]) -> bool:
         return all(low <= s.number <= high for s, (low, high) in zip(sizes, self.served, strict=True))
+
+    def for_sizes(self, sizes: Sequence[Size]) -> Callable[..., Any]:
+        """`(*inputs) -> results`."""
+        return functools.partial(self.call, *(size.number for size in sizes))
 
 
 class Family:
@@ -80,7 +85,7 @@ class Family:
         """
         found = self._find(sizes)
         if found is not None:
-            return found.call
+            return found.for_sizes(sizes)
         with inner.compiling():
             found = self._find(sizes)  # another thread's, meanwhile
             if found is None:
@@ -92,7 +97,7 @@ class Family:
                     raise
                 self.artifacts.append(found)
                 stats.count(compiles=1)
-        return found.call
+        return found.for_sizes(sizes)
 
     def _find(self, sizes: Sequence[Size]) -> Artifact | None:
         return next((artifact for artifact in self.artifacts if artifact.serves(sizes)), None)
@@ -136,7 +141,7 @@ class Families:
 
 def _compile(gm: fx.GraphModule, examples: Examples, sizes: Sequence[Size], options: Options) -> Artifact:
     if options.inner == "eager":
-        return Artifact(without_compiler(gm), [ANY] * len(sizes))
+        return Artifact(without_compiler(_taking_sizes(gm, len(sizes))), [ANY] * len(sizes))
     large = [100003 + 16 * i for i in range(len(sizes))]
     hints = [size.number if size.is_hint else hint for size, hint in zip(sizes, large, strict=True)]
     artifact, guards = _compile_for(gm, examples, hints, options)
@@ -157,7 +162,7 @@ def _compile_for(
     symbols = [size.node.expr for size in symbolic]  # once specialised, a size no longer shows its symbol
     with FakeTensorMode(shape_env=env):
         inputs = examples(symbolic)
-    call = inner.compile_inner(gm, inputs, options, cuda_graphs=False)
+    call = inner.compile_inner(_taking_sizes(gm, len(hints)), [*symbolic, *inputs], options, cuda_graphs=False)
     served = [ANY] * len(hints)
     for guard in env.guards:
         for i, (symbol, hint) in enumerate(zip(symbols, hints, strict=True)):
@@ -165,6 +170,21 @@ def _compile_for(
                 low, high = _bounds(guard.expr, symbol, hint)
                 served[i] = max(served[i][0], low), min(served[i][1], high)
     return Artifact(call, served), ", ".join(str(guard.expr) for guard in env.guards)
+
+
+def _taking_sizes(gm: fx.GraphModule, count: int) -> fx.GraphModule:
+    """The graph with its sizes as inputs, too, before all others.
+
+    Without them, ahead-of-time autograd reads the sizes that backward needs from tensors of the forward, and keeps
+    those whose size it read rather than compute them again from smaller ones.
+    """
+    graph = fx.Graph()
+    for i in range(count):
+        graph.placeholder(f"size_{i}")
+    env: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        env[node] = graph.node_copy(node, env.__getitem__)
+    return fx.GraphModule(gm, graph)
 
 
 def _bounds(guard: Any, symbol: Any, hint: int) -> Bounds:
