@@ -162,7 +162,9 @@ def _compile_for(
     symbols = [size.node.expr for size in symbolic]  # once specialised, a size no longer shows its symbol
     with FakeTensorMode(shape_env=env):
         inputs = examples(symbolic)
-    call = inner.compile_inner(_taking_sizes(gm, len(hints)), [*symbolic, *inputs], options, cuda_graphs=False)
+    call = inner.compile_inner(
+        _taking_sizes(gm, len(hints)), [*symbolic, *inputs], options, cuda_graphs=False
+    )
     served = [ANY] * len(hints)
     for guard in env.guards:
         for i, (symbol, hint) in enumerate(zip(symbols, hints, strict=True)):

@@ -64,25 +64,29 @@ def _compile_inner(
         return aot_eager(gm, list(inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
     patches = dict(list_mode_options(options.inner_mode)) if options.inner_mode else {}
     if not cuda_graphs:
         patches |= {"triton.cudagraphs": False}
     if options.check:
         patches |= {"fx_graph_cache": False, "fx_graph_remote_cache": False}
-    if not _has_own_operators(gm):
+    tag = torch.compiler.config.cache_key_tag
+    if _has_own_operators(gm):
+        _register_decompositions()
+        tag = f"{tag} pgcompile {ops.DIGEST}"  # what our operators are traced to is in no other part of a key
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
-    else:
-        # what these operators are traced to isn't in the keys of inductor's caches
-        tag = f"{torch.compiler.config.cache_key_tag} pgcompile {ops.DIGEST}"
-        decompositions = {**select_decomp_table(), **ops.DECOMPOSITIONS}
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            compiled = compile_fx(
-                gm, list(inputs), config_patches=patches or None, decompositions=decompositions
-            )
     assert callable(compiled)  # anything else is for AOTInductor
     return compiled
+
+
+@functools.cache
+def _register_decompositions() -> None:
+    """In inductor's own table: `compile_fx` takes others, but caches nothing then."""
+    from torch._inductor import decomposition
+
+    decomposition.decompositions.update(ops.DECOMPOSITIONS)
+    decomposition.fast_random_decomps.cache_clear()  # a copy of that table
 
 
 def _has_own_operators(gm: fx.GraphModule) -> bool:

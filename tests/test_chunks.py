@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -194,10 +195,56 @@ def test_a_label_out_of_range_raises(small_chunks, fresh):
 
     batch = batch_of()
     labels = batch.input_ids.clone()
-    labels[0, 3] = VOCAB
     fast = compiled(function, {"inner": "inductor"})
+    fast(small_llama(), batch.input_ids, batch.attention_mask, labels)
+    assert len(small_chunks) == 1
+    labels[0, 3] = VOCAB
     with pytest.raises((RuntimeError, IndexError), match="out of"):
         fast(small_llama(), batch.input_ids, batch.attention_mask, labels)
+    assert len(small_chunks) == 1
+
+
+def candidates(model, ids, mask, labels):
+    """Several entries for each token."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, labels[:, 1:]).logsumexp(-1)
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_any_number_of_entries_compiles_once(in_chunks, small_chunks, monkeypatch, fresh):
+    if not in_chunks:
+        monkeypatch.setattr(chunks, "WHOLE_BYTES", 1 << 30)
+    model, batch = small_llama(), batch_of()
+    fast = compiled(candidates, {"inner": "aot_eager"}, dynamic=True)
+    n, s = batch.input_ids.shape
+    for entries in (2, 5, 3, 9):
+        args = model, batch.input_ids, batch.attention_mask, torch.randint(VOCAB, (n, s, entries))
+        kept = batch.kept[:, 1:]
+        torch.testing.assert_close(fast(*args)[kept], candidates(*args)[kept], rtol=1e-4, atol=1e-4)
+    assert len(small_chunks) == 4 * in_chunks
+    assert (pgcompile.stats().packed, pgcompile.stats().compiles) == (4, 1 + in_chunks)
+
+
+def test_a_head_that_the_compiler_fails_on_runs_eagerly(small_chunks, monkeypatch, fresh, caplog):
+    """Once it is known, nothing is compiled in vain."""
+    original, attempts = inner.compile_inner, []
+
+    def failing(gm, *args, **details):
+        if not any("prefix_attention" in str(node.target) for node in gm.graph.nodes):
+            attempts.append(gm)
+            raise RuntimeError("no kernels for heads")
+        return original(gm, *args, **details)
+
+    monkeypatch.setattr(inner, "compile_inner", failing)
+    model, reference = small_llama(), small_llama()
+    fast = compiled(LOSSES["reinforce"], {"inner": "aot_eager"}, dynamic=True)
+    for seed in range(2):
+        batch = batch_of(seed)
+        args = batch.input_ids, batch.attention_mask, columns_of(batch)
+        losses = fast(model, *args), LOSSES["reinforce"](reference, *args)
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    assert len(small_chunks) == 2 == pgcompile.stats().packed and len(attempts) == 1
+    assert "no kernels for heads" in caplog.text
 
 
 def test_logits_that_are_asked_for_are_not_chunked(small_chunks):
@@ -237,15 +284,20 @@ def test_the_report_says_what_is_computed_again(small_chunks):
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers of a tensor with the vocabulary's width that any operation returned, in backward too."""
+    """The most numbers of a tensor with the vocabulary's width that any operation returned, in backward too; and what
+    memory those tensors of tokens were in."""
 
-    most = 0
+    def __init__(self):
+        super().__init__()
+        self.most, self.seen = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[-1] == VOCAB:
                 self.most = max(self.most, leaf.numel())
+                if leaf.shape[-2] != 16:  # as weights have
+                    self.seen.append(weakref.ref(leaf.untyped_storage()))
         return result
 
 
@@ -261,6 +313,7 @@ def test_nothing_wide_is_larger_than_a_chunk(small_chunks, monkeypatch):
     batch = batch_of()
     fast = compiled(LOSSES["reinforce"])
     loss = fast(small_llama(), batch.input_ids, batch.attention_mask, columns_of(batch))
+    assert mode.seen and all(storage() is None for storage in mode.seen)  # nothing is kept for backward
     with mode:
         loss.backward()
     assert 0 < mode.most <= 16 * VOCAB
@@ -286,3 +339,24 @@ def test_gradients_of_chunks_are_rounded_once(dtype, small_chunks, monkeypatch):
 
     assert_no_worse_than_eager(tensors, torch.finfo(dtype).eps)
     assert len(small_chunks) == 5 and min(small_chunks) > 1
+
+
+def test_gradients_of_chunks_add_up_in_float32_under_autocast(small_chunks, monkeypatch):
+    """Chunks that ran in bfloat16 each give float32 weights a gradient; autocast would let them share a cast."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * VOCAB * 4)
+    casts, original = [], chunks.ChunkedHead._run_chunk
+
+    def counting(*args):
+        casts.append(torch.is_autocast_cache_enabled())
+        return original(*args)
+
+    monkeypatch.setattr(chunks.ChunkedHead, "_run_chunk", counting)
+    batch, model = batch_of(), small_llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = compiled(LOSSES["reinforce"])(model, batch.input_ids, batch.attention_mask, columns_of(batch))
+        assert torch.is_autocast_cache_enabled()
+    added = []
+    model.lm_head.weight.register_hook(lambda gradient: added.append(gradient.bfloat16().float() - gradient))
+    loss.backward()
+    assert len(casts) == small_chunks[0] > 1 and not any(casts)
+    assert added[0].abs().max() > 0  # a sum of bfloat16 numbers, added up in bfloat16, were one

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from harness import (
     BACKEND,
@@ -20,12 +21,13 @@ if BACKEND != "pgcompile":
     pytest.skip("tests pgcompile's own behaviour", allow_module_level=True)
 
 import pgcompile
-from pgcompile import artifacts, backend, inner, modes
+from pgcompile import artifacts, backend, inner, modes, ops
 from pgcompile.passes.graph import size_hint
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
+VOCAB = 31  # of the small model
 SHAPES = [(6, 9), (5, 12), (3, 17), (7, 7), (2, 4)]
 
 
@@ -62,6 +64,41 @@ def test_a_static_and_a_dynamic_trace_of_a_loss_are_one_packed_graph():
         torch.testing.assert_close(fast(ids), loss(ids), rtol=0, atol=1e-10)
     stats = pgcompile.stats()
     assert stats.packed == len(SHAPES) and stats.compiles == 1
+
+
+def logprobs(model, input_ids):
+    logits = model(input_ids).float()
+    return logits.log_softmax(-1).gather(-1, input_ids[..., None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_kept_for_backward_as_the_model_has_them(dtype):
+    """Not their log-probabilities, which are twice as large."""
+    model, ids = small_model().to(dtype), random_tree_batch(rows=6, positions=9).input_ids
+    kept = []
+    fast = compiled(logprobs, {"inner": "inductor"}, dynamic=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        fast(model, ids)
+    stats = pgcompile.stats()
+    assert stats.packed == 1
+    assert [x.dtype for x in kept if x.numel() == stats.packed_tokens * VOCAB] == [dtype]
+
+
+def test_the_keys_of_inductors_caches_name_our_operators(monkeypatch):
+    """What they are traced to is in what is cached, and changes with pgcompile."""
+    ids = random_tree_batch(rows=6, positions=9).input_ids
+
+    def hits():
+        torch._dynamo.reset()
+        artifacts._families.clear()
+        before = counters["aot_autograd"]["autograd_cache_hit"]
+        compiled(small_model(), {"inner": "inductor"}, dynamic=True)(ids)
+        return counters["aot_autograd"]["autograd_cache_hit"] - before
+
+    with fresh_cache():
+        assert (hits(), hits()) == (0, 1)
+        monkeypatch.setattr(ops, "DIGEST", "of another version")
+        assert hits() == 0
 
 
 class Mix(nn.Module):
