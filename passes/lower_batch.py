@@ -10,6 +10,7 @@ from .graph import aten, bound_args
 from .layout import Selection, TokenLayout
 from .propagate import NUMBER
 from .rules import PROLOGUE
+from .subgraph import input_of
 from .unpack import label_request, loss_request
 
 if TYPE_CHECKING:
@@ -31,15 +32,7 @@ class BatchSide:
         self.maps: dict[tuple[int, str], fx.Node] = {}
 
     def _input(self, source: str, index: int) -> fx.Node:
-        found = self.inputs.get((source, index))
-        if found is None:
-            first = next(iter(self.graph.nodes), None)
-            with (
-                self.graph.inserting_before(first) if first is not None else self.graph.inserting_after(None)
-            ):
-                found = self.graph.placeholder(f"{source}_{index}")
-            self.inputs[(source, index)] = found
-        return found
+        return input_of(self.graph, self.inputs, (source, index), f"{source}_{index}")
 
     def value(self, node: fx.Node) -> Any:
         """This graph's value for a node of the original graph."""

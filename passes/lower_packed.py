@@ -18,6 +18,7 @@ from .graph import aten, bound_args, node_arg, val
 from .layout import POSITION, ROW, Dim, TokenLayout, plain_size
 from .packed_graphs import Input
 from .rules import PROLOGUE, STREAM
+from .subgraph import input_of
 
 if TYPE_CHECKING:
     from .attention_match import AttentionMatch
@@ -39,15 +40,7 @@ class PackedSide:
         self.outputs: dict[fx.Node, int] = {}  # nodes of this graph
 
     def _input(self, spec: Input, like: str) -> fx.Node:
-        found = self.inputs.get(spec)
-        if found is None:
-            first = next(iter(self.graph.nodes), None)
-            with (
-                self.graph.inserting_before(first) if first is not None else self.graph.inserting_after(None)
-            ):
-                found = self.graph.placeholder(f"{like}_{len(self.inputs)}")
-            self.inputs[spec] = found
-        return found
+        return input_of(self.graph, self.inputs, spec, f"{like}_{len(self.inputs)}")
 
     def value(self, node: fx.Node) -> Any:
         """The packed graph's value for a node of the original graph."""

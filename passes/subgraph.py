@@ -129,6 +129,16 @@ def drop_dead(graph: fx.Graph) -> None:
             last = node
 
 
+def input_of(graph: fx.Graph, inputs: dict[Any, fx.Node], spec: Any, name: str) -> fx.Node:
+    """The placeholder for `spec`, made before all other nodes if there is none."""
+    found = inputs.get(spec)
+    if found is None:
+        first = next(iter(graph.nodes), None)
+        with graph.inserting_before(first) if first is not None else graph.inserting_after(None):
+            found = inputs[spec] = graph.placeholder(name)
+    return found
+
+
 def used_inputs(graph: fx.Graph, inputs: dict[Any, fx.Node]) -> dict[Any, fx.Node]:
     """The inputs that something uses; the others are erased."""
     for node in [n for n in inputs.values() if not n.users]:
