@@ -183,9 +183,7 @@ def _taking_sizes(gm: fx.GraphModule, count: int) -> fx.GraphModule:
     graph = fx.Graph()
     for i in range(count):
         graph.placeholder(f"size_{i}")
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(graph.graph_copy(gm.graph, {}))
     return fx.GraphModule(gm, graph)
 
 

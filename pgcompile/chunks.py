@@ -38,6 +38,11 @@ def number_of_chunks(head: Head, tokens: int, device: torch.device) -> int:
     return -(-nbytes // chunk) if nbytes > whole else 0
 
 
+def _chunk_size(tokens: int, chunks: int) -> int:
+    """In tokens."""
+    return -(-tokens // chunks)
+
+
 class ChunkedHead:
     """A head that runs in chunks, compiled on first use for any number of tokens in them.
 
@@ -56,7 +61,7 @@ class ChunkedHead:
             inputs: of the packed graph.
             tokens, chunks: T, and in how many parts.
         """
-        size = -(-tokens // chunks)
+        size = _chunk_size(tokens, chunks)
         return [Lookup(inputs[index], inputs[column], tokens, size) for index, column in self.head.requests]
 
     def run(
@@ -72,7 +77,7 @@ class ChunkedHead:
         Args:
             values: the trunk's results; `inputs`: those of the packed graph.
         """
-        head, size = self.head, -(-tokens // chunks)
+        head, size = self.head, _chunk_size(tokens, chunks)
         arguments = [(values if s.kind == "trunk" else inputs)[s.index] for s in head.sources]
         pieces = [
             _shared(a) if s.token_dim is None else a.split(size, dim=s.token_dim)

@@ -57,9 +57,8 @@ class PackedRun:
     ) -> Sequence[Any]:
         scored = plan.tokens if plan.scored is None else plan.scored.tokens
         results: Sequence[Any]
-        if (
-            plan.tokens == 1 or scored == 1
-        ):  # sizes of 1 are special to compilers, and there is nothing to gain
+        if plan.tokens == 1 or scored == 1:
+            # sizes of 1 are special to compilers, and there is nothing to gain
             results = self.eager(*inputs)
             return results
         if self.head is not None:
