@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .artifacts import Families, Size
+from .errors import belongs_to_caller
 from .options import Options
 from .passes.packed_graphs import Head, Source
 from .report import log
@@ -131,6 +132,8 @@ class ChunkedHead:
         try:
             return self.families.compiled(graph, examples, sizes, request_key(asked))
         except Exception as error:  # of somebody else's compiler, with the trunk behind us
+            if belongs_to_caller(error):
+                raise
             self.failed = True
             text = "the inner compiler failed on the model's head, which runs eagerly in chunks: %s: %s"
             log.warning(text, type(error).__name__, error)
