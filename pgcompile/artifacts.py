@@ -12,7 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -33,8 +33,7 @@ ANY: Bounds = (0, math.inf)
 Examples = Callable[[Sequence[Any]], list[Any]]
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """A number of what varies from call to call.
 
     Args:

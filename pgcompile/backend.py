@@ -61,14 +61,15 @@ def pgcompile(
 
     Args:
         gm: Dynamo's graph; it isn't changed.
+        example_inputs: what Dynamo gives with it; not read, as the graph's nodes know as much.
         options: see `Options`.
         mode: torch.compile's mode, for the inner compiler.
         collector: gets the reports of this graph and of its batches.
         survey: for `explain`: look for all reasons at once, and leave it to the collector to tell them.
 
-    Raises:
+    Raises, when what it returns is called:
         ValueError: for unknown options, and for an engine asked for by name that can't run here.
-        FallbackError: with `strict=True`, if the graph can't be packed.
+        FallbackError: with `strict=True`, if the graph or the batch can't be packed.
     """
     try:
         chosen = Options.of(options, mode)
@@ -176,8 +177,9 @@ class PackedCall:
         self.numbers = compilation.numbers
         self.run = PackedRun(self.graphs, self.aten, options)
         self.trees = PackedTrees()
-        inputs = enumerate(self.graphs.inputs)
-        self.made_inputs = [(at, spec) for at, spec in inputs if spec.kind != "argument"]
+        inputs = self.graphs.inputs
+        self.argument_of = [spec.index if spec.kind == "argument" else None for spec in inputs]
+        self.made_inputs = [(at, spec) for at, spec in enumerate(inputs) if spec.kind != "argument"]
         self.unchecked = options.check
         self.warned: set[str] = set()
         self.survey = survey
@@ -265,7 +267,7 @@ class PackedCall:
     def _inputs(
         self, args: Sequence[Any], results: Sequence[Any], requests: Sequence[Request], plan: Plan
     ) -> list[Any]:
-        inputs = [args[spec.index] if spec.kind == "argument" else None for spec in self.graphs.inputs]
+        inputs = [None if index is None else args[index] for index in self.argument_of]
         for at, spec in self.made_inputs:
             inputs[at] = self._input(spec, results, requests, plan)
         return inputs

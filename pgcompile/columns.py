@@ -24,7 +24,7 @@ MASK_PROBLEMS = (
     "",
     "the mask that was given is not causal with padding",
     "the mask that was given differs between heads",
-    "the mask that was given adds numbers other than 0 and minus infinity",
+    "the mask that was given adds numbers other than 0, minus infinity and the lowest of its dtype",
 )
 
 
@@ -134,6 +134,8 @@ def rows_first(value: Tensor, dims: tuple[Dim, ...], n: int, s: int) -> Tensor:
             value = value.unflatten(i, sizes)
             dims = (*dims[:i], *((f,) for f in dim), *dims[i + 1 :])
             return rows_first(value, dims, n, s)
+    if dims[:2] == ((ROW,), (POSITION,)) and value.shape[:2] == (n, s):
+        return value
     for factor, size, target in ((ROW, n, 0), (POSITION, s, 1)):
         where = next((i for i, dim in enumerate(dims) if factor in dim), None)
         if where is None:

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,14 +15,13 @@ class Stats:
     """A snapshot.
 
     Args:
-        packed, dense, eager: calls by outcome: packed; packable but run dense (nothing to save, or a mask that isn't
-            causal); a graph that can't be packed (not counted where there is nothing to pack: no attention, or a
-            key-value cache).
+        packed, dense, eager: calls by outcome: packed; of a graph that can be packed, but run dense; of one that
+            can't be packed (not counted where there is nothing to pack: no attention, or a key-value cache).
         dense_tokens: rows × positions, over the calls that built a plan.
         valid_tokens: of those, tokens that are not dropped padding.
         packed_tokens: of those, distinct ones.
         checked: batches that were compared with the original (`Options.check`).
-        compiles: packed graphs given to the inner compiler.
+        compiles: artifacts of packed graphs.
         recompile_limit_hits: frames on which Dynamo gave up (its `recompile_limit`).
         plans_reused: calls whose tree was known: another graph, or an earlier call, had the same batch.
         plan_seconds: time spent planning.
@@ -53,17 +53,17 @@ class Stats:
 
 _lock = threading.Lock()
 _paused: ContextVar[bool] = ContextVar("paused", default=False)
-_current = Stats()
+_counters: dict[str, Any] = asdict(Stats())
 _limit_hits_at_reset = 0
 
 
 def count(**increments: float) -> None:
     """Add to counters by name."""
-    global _current
     if _paused.get():
         return
     with _lock:
-        _current = replace(_current, **{k: getattr(_current, k) + v for k, v in increments.items()})
+        for name, increment in increments.items():
+            _counters[name] += increment
 
 
 @contextmanager
@@ -78,14 +78,16 @@ def paused() -> Iterator[None]:
 
 def stats() -> Stats:
     """Counters since the process started or `reset_stats()`."""
-    return replace(_current, recompile_limit_hits=_limit_hits() - _limit_hits_at_reset)
+    with _lock:
+        return Stats(**_counters | {"recompile_limit_hits": _limit_hits() - _limit_hits_at_reset})
 
 
 def reset_stats() -> None:
     """Set all counters to zero."""
-    global _current, _limit_hits_at_reset
+    global _limit_hits_at_reset
     with _lock:
-        _current, _limit_hits_at_reset = Stats(), _limit_hits()
+        _counters.update(asdict(Stats()))
+        _limit_hits_at_reset = _limit_hits()
 
 
 def _limit_hits() -> int:
