@@ -112,7 +112,7 @@ def padding_pass(c: Compilation) -> None:
 
 
 def lower_pass(c: Compilation) -> None:
-    """Build the three graphs."""
+    """Build the four graphs."""
     assert c.aten is not None and c.analysis is not None
     found = lower.Lowering(c.aten, c.analysis, c.matches, c.guards, c.engine).run()
     if isinstance(found, Unsupported):

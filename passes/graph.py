@@ -192,6 +192,13 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def equal_sizes(a: Any, b: Any) -> bool:
+    """Are two sizes equal? What can't be proven becomes a guard of Dynamo's: another batch may be traced anew."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return same_size(a, b) or guard_or_false(a == b)
+
+
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Have two tensors provably equal sizes? Adds no guard."""
     return len(shape(a)) == len(shape(b)) and all(map(same_size, shape(a), shape(b)))

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import aten, descendants, is_mode_switch
+from .graph import aten, descendants
 from .packed_graphs import Head, HeadOutput, Source
-from .subgraph import drop_dead, module_of
+from .subgraph import part_of
 from .verify import SCORED, TOKENS
 
 # A vocabulary: wider than what feeds it, and wide enough for its values to matter.
@@ -58,10 +58,11 @@ def split_head(packed: fx.GraphModule) -> Head | None:
     if sources is None:
         return None
     passed = [n for n in feeding if n.op not in ("placeholder", "get_attr")]
-    trunk = _subgraph(packed, [results[i] for i in trunk_outputs] + passed)
+    whole = {n for n in packed.graph.nodes if n.op != "output"}
+    trunk = part_of(packed, whole, [results[i] for i in trunk_outputs] + passed)
     sources = [replace(s, index=len(trunk_outputs) + s.index) if s.kind == "trunk" else s for s in sources]
     arguments = [*feeding, *(n for request in requests for n in request)]
-    head = _head_module(packed, behind, arguments, [results[o.index] for o in outputs])
+    head = part_of(packed, behind, [results[o.index] for o in outputs], arguments)
     position = {node: i for i, node in enumerate(packed.graph.find_nodes(op="placeholder"))}
     return Head(
         trunk, trunk_outputs, head, sources, outputs, [(position[i], position[c]) for i, c in requests],
@@ -146,28 +147,3 @@ def _sources(graph: fx.Graph, feeding: list[fx.Node]) -> list[Source] | None:
             found.append(Source("trunk", passed, token_dim, dtype))
             passed += 1
     return found
-
-
-def _subgraph(gm: fx.GraphModule, outputs: list[fx.Node]) -> fx.GraphModule:
-    """The same inputs, other outputs."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op != "output":
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in outputs))
-    drop_dead(graph)
-    return module_of(gm, graph)
-
-
-def _head_module(
-    gm: fx.GraphModule, region: set[fx.Node], arguments: list[fx.Node], results: list[fx.Node]
-) -> fx.GraphModule:
-    graph = fx.Graph()
-    env = {node: graph.placeholder(node.name) for node in arguments}
-    for node in gm.graph.nodes:
-        if node in region or is_mode_switch(node):
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[n] for n in results))
-    drop_dead(graph)
-    return module_of(gm, graph)

@@ -1,12 +1,13 @@
-"""Lowering: three graphs out of one, from the analysis and the attention matches.
+"""Lowering: four graphs out of one, from the analysis and the attention matches.
 
     prologue   what is computed from inputs alone, as written, on the dense batch (without gradient)
+    requests   which entries of packed values the batch's labels ask for
     packed     the token stream: the same operations on `[1, T, ...]`, attention through `prefix_attention`
     late       what follows the last token mixer and isn't position-wise, as written, on unpacked `[N, S, ...]` values
 
 The packed and the late graph are built side by side (lower_packed.py, lower_late.py), node by node in the original's
-order, so that mode switches stay where they were; beside them a small one of the labels that the packed graph looks up
-(lower_batch.py). From here on nothing is refused but what the graphs can't express.
+order, so that mode switches stay where they were; beside them that of requests (lower_batch.py). From here on nothing
+is refused but what the graphs can't express.
 """
 
 from __future__ import annotations

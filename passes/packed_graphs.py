@@ -1,4 +1,4 @@
-"""What the compiler hands to the runtime: three graphs, and how the inputs of each are made."""
+"""What the compiler hands to the runtime: four graphs, and how the inputs of each are made."""
 
 from __future__ import annotations
 

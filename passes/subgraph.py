@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -57,6 +58,26 @@ def module_of(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule(constants, graph)
 
 
+def part_of(
+    gm: fx.GraphModule, nodes: Container[fx.Node], results: Iterable[fx.Node], inputs: Iterable[fx.Node] = ()
+) -> fx.GraphModule:
+    """Some nodes of a graph, and the mode switches between them, as a graph of their own.
+
+    Args:
+        nodes: are copied, if a result needs them.
+        results: what it returns, a tuple.
+        inputs: become its first placeholders.
+    """
+    graph = fx.Graph()
+    env = {node: graph.placeholder(node.name) for node in inputs}
+    for node in gm.graph.nodes:
+        if node in nodes or is_mode_switch(node):
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in results))
+    drop_dead(graph)
+    return module_of(gm, graph)
+
+
 def prologue_module(
     gm: fx.GraphModule, results: dict[fx.Node, int], analysis: Analysis
 ) -> fx.GraphModule | Unsupported:
@@ -92,14 +113,7 @@ def prologue_module(
             return Unsupported(
                 "randomness", node, f"`{node.target}` draws random numbers before the batch is planned"
             )
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in wanted or is_mode_switch(node):
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output(tuple(env[node] for node in results))
-    drop_dead(graph)
-    return module_of(gm, graph)
+    return part_of(gm, wanted.union(gm.graph.find_nodes(op="placeholder")), results)
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -335,6 +335,27 @@ def log_probs_of(model, ids, mask):
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].log_softmax(-1)
 
 
+def of_given_labels(model, ids, mask, labels):
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    return log_softmax_and_gather(logits, labels)
+
+
+def test_labels_with_a_size_of_their_own(late_widths):
+    """Cut by the caller, they have a size that Dynamo doesn't know to be one less than that of the ids."""
+    labels = batch_of().input_ids[:, 1:].clone()
+    assert_packs_to_the_end(of_given_labels, labels, widths=late_widths, dynamic=True)
+
+
+def test_fewer_labels_than_tokens():
+    """The first tokens' are looked up, as written."""
+    batch = batch_of()
+    with float64_everywhere():
+        assert_same(
+            of_given_labels, (build("llama"), batch.input_ids, batch.attention_mask, batch.input_ids[:, 1:6].clone()),
+            kept=batch.kept[:, 1:6], fullgraph=True, dynamic=True, expect_status="packed",
+        )  # fmt: skip
+
+
 def test_labels_that_depend_on_tokens():
     """The greedy token where none is given: looked up as written."""
 

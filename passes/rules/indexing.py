@@ -18,6 +18,7 @@ from .common import (
     Operand,
     Outcome,
     aligned_dims,
+    equal_sizes,
     mixing,
     refuse,
     register,
@@ -147,7 +148,10 @@ def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outco
     dim %= rank
     if x.tokens.is_token_dim(dim):
         return mixing(x.tokens, [dim], "gather")
-    if any(not same_size(index.shape[d], x.shape[d]) for d in range(rank) if d != dim):
+    # labels that the caller cuts have sizes of their own, as Dynamo sees it
+    is_label = index.kind in (PROLOGUE, DENSE) and not op.before_mixer
+    equal = equal_sizes if is_label else same_size
+    if not all(equal(index.shape[d], x.shape[d]) for d in range(rank) if d != dim):
         return refuse("token_mixing", "gather by an index that is smaller than the tokens")
     dims = list(x.tokens.dims)
     dims[dim] = plain(op.shape[dim])
@@ -162,7 +166,7 @@ def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outco
             {index.node: (*aligned[:dim], plain(index.shape[dim]), *aligned[dim + 1 :])} if aligned else {}
         )
         return Outcome(x.tokens.with_dims(dims), columns)
-    if index.kind not in (PROLOGUE, DENSE):
+    if not is_label:
         return refuse("token_mixing", "gather by an index that isn't known from inputs alone")
     if dim != rank - 1 or not has_one_wide_dim(x):
         return refuse("token_mixing", "labels are gathered from a value of more than one plain dim")
