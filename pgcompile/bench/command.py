@@ -269,7 +269,7 @@ def _not_for_others(record: Record, repeats: int) -> float:
     found = 0.0
     for row in record.rows:
         compiling = row.first_seconds if row.median is None else row.compile_seconds
-        found += (compiling or 0.0) + sum(row.seconds[repeats:])
+        found += (compiling or 0.0) + row.ideal_compile_seconds + sum(row.seconds[repeats:])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -82,15 +83,7 @@ def measure(
             with _judged(runner.row):
                 runner.row.peak_bytes = _peak(runner, model, phase)
                 if runner.row.is_dense:
-                    # compiled apart, so that what is timed isn't compiled for other shapes, too
-                    setup = replace(
-                        runner.setup, model=replace(model, compiled=model.alone), batch=batch.distinct()
-                    )
-                    alone = Runner(Row(runner.row.name), setup)
-                    with _judged(alone.row):
-                        alone.run = chosen[runner.row.name].prepare(setup)
-                        _step(alone, phase)
-                        runner.row.ideal_bytes = _peak(alone, model, phase)
+                    _measure_alone(runner, chosen[runner.row.name], phase)
     spent = 0.0
     for repeat in itertools.count():
         running = [runner for runner in runners if runner.is_running]
@@ -109,6 +102,22 @@ def measure(
     for runner in runners:
         _take_reports(runner)
     return record
+
+
+def _measure_alone(runner: Runner, contestant: Contestant, phase: str) -> None:
+    """The memory that a dense contestant needs for distinct tokens alone."""
+    model = runner.setup.model
+    # compiled apart, so that what is timed isn't compiled for other shapes, too
+    setup = replace(
+        runner.setup, model=replace(model, compiled=model.alone), batch=runner.setup.batch.distinct()
+    )
+    alone = Runner(Row(runner.row.name), setup)
+    with _judged(alone.row):
+        alone.run = contestant.prepare(setup)
+        first, _ = timed(alone, model, phase)
+        begun = time.perf_counter()
+        runner.row.ideal_bytes = _peak(alone, model, phase)
+        runner.row.ideal_compile_seconds = max(first - (time.perf_counter() - begun), 0.0)
 
 
 def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: Tell) -> None:
@@ -187,6 +196,7 @@ def _judged(row: Row) -> Iterator[None]:
         row.status = "out of memory" if is_out_of_memory(error) else "error"
         row.reason = f"{type(error).__name__}: {text}"[:300]
         row.seconds = []
+        traceback.clear_frames(error.__traceback__)  # they hold what was computed
     if row.status != "measured":
         free_memory()
 

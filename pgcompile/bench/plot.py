@@ -64,7 +64,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
         speed.minorticks_off()
     heights = [0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16]
     panels[0, 0].set_yticks(heights, heights)
-    panels[0, 0].set(ylabel="speed-up; dashed: ideal")
+    panels[0, 0].set(ylabel="speed-up; dashes: ideal")
     panels[1, 0].set(ylabel="peak memory, share of dense")
     panels[0, 0].legend(frameon=False)
     for axes in panels.flat:

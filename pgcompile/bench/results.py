@@ -30,6 +30,7 @@ class Row:
         first_seconds: of the first call, which compiles.
         peak_bytes: needed above what was allocated before the step.
         ideal_bytes: the same, of a dense contestant, for as many tokens and predictions as are distinct.
+        ideal_compile_seconds: what it took to compile for those.
         errors: distances from the truth, as multiples of dense eager's own; see agreement.py.
         packing: what pgcompile decided.
     """
@@ -43,6 +44,7 @@ class Row:
     first_seconds: float | None = None
     peak_bytes: int | None = None
     ideal_bytes: int | None = None
+    ideal_compile_seconds: float = 0.0
     errors: dict[str, float] = field(default_factory=dict)
     packing: dict[str, Any] = field(default_factory=dict)
 

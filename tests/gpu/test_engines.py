@@ -19,6 +19,8 @@ from pgcompile.prefix_tree import build_prefix_tree
 
 DEVICE = torch.device("cuda")
 SCALE = 0.125
+# What a sum of thousands of float32 terms rounds, added one by one; a wrong key shows at 1e-3 or more.
+FLOAT32 = 5e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,8 @@ def check(batch: Batch, shape, dtype: torch.dtype, engine: str, **mask) -> None:
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=1e-3)
     for name, t, a, b in zip(["out", "dq", "dk", "dv"], truth, ours, theirs, strict=True):
         our_error, their_error = (a.double() - t).abs().max(), (b.double() - t).abs().max()
-        assert a.dtype == dtype and our_error <= 2 * their_error, (name, float(our_error), float(their_error))
+        assert a.dtype == dtype, name
+        assert our_error <= max(2 * their_error, FLOAT32), (name, float(our_error), float(their_error))
 
 
 CASES = [
