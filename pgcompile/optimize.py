@@ -71,13 +71,13 @@ def explain(
 ) -> Explanation:
     """Run one batch and tell what was packed, and why something wasn't.
 
-    Nothing is changed: random state is restored, gradients are not computed, and the model isn't compiled afterwards.
+    Random state and buffers are restored, no gradient is left behind, and the model isn't compiled afterwards.
     The inner compiler isn't run (`inner="eager"`).
 
     Args:
         fn: a function or module.
         *args, **kwargs: its arguments.
-        options: see `Options`; `strict` is ignored.
+        options: see `Options`; `strict`, `inner` and `inner_mode` are ignored.
     """
     from dataclasses import replace
 

@@ -23,14 +23,16 @@ class Options:
     """Options of the backend, as in `torch.compile(model, backend="pgcompile", options={...})`.
 
     Args:
-        inner: compiler of the packed graph: "inductor", "aot_eager" or "eager".
+        inner: compiler of the packed graph, and of the original when a batch runs dense: "inductor", "aot_eager" or
+            "eager".
         inner_mode: a mode of torch.compile ("reduce-overhead", "max-autotune", ...) for inductor.
         fallback: how a graph runs that can't be packed: "eager", or "inner" for the inner compiler.
         strict: raise `FallbackError` instead of falling back.
-        dropout: "fallback" refuses active dropout, "shared" lets the copies of a token share its draw.
+        dropout: "fallback" refuses active dropout, "shared" lets the copies of a token share its draw
+            (not inside of attention).
         engine: attention engine; "auto" takes the fastest that can run. One that can't is a ValueError when called.
         min_saving: pack a batch if it saves at least this share of the work, 0 to 1. 0 always packs and keeps every
-            branch; None (default) asks the cost model.
+            branch; None (default) asks for 0.1, or, on a calibrated device, for less time.
         check: compare the first `check` batches of each graph with the original, values and gradients.
         disable_passes: names of compiler passes to skip.
         dump_dir: folder for each pass's graph, before and after.

@@ -102,9 +102,10 @@ class Explanation:
     """What `explain` found; prints as tables.
 
     Args:
-        status: the worst of the graphs' ("packed" < "islands" < "eager"), not counting those with nothing to pack.
+        status: the worst of the graphs' ("packed" < "islands" < "eager"), not counting those with nothing to pack or a
+            key-value cache.
         graphs: a report for each Dynamo graph.
-        batches: a report for each plan, in the order of the calls.
+        batches: a report for each call of a graph that can be packed, in order.
         breaks: where Dynamo stopped tracing: the `graph_break` notes of the graphs, and functions that it gave up.
     """
 
