@@ -700,13 +700,14 @@ def test_building_the_model_is_not_of_the_budget(config, measured, tmp_path, mon
 
 
 def test_what_compiling_and_failing_took_says_nothing_about_others(config, measured, tmp_path, monkeypatch):
-    """By a clock that nothing else moves: 9 s of compiling for each row, of which one failed."""
+    """By a clock that nothing else moves: 9 s of compiling for each row, of which one failed, and 30 for its ideal."""
     now, give = [0.0], command.measure
 
     def slow(case, *rest):
         record = give(case, *rest)
         record.rows[0].status, record.rows[0].seconds = "wrong", []
-        now[0] += 100 + 9 * len(record.rows)
+        record.rows[0].ideal_compile_seconds = 30.0
+        now[0] += 100 + 30 + 9 * len(record.rows)
         return record
 
     monkeypatch.setattr(command, "measure", slow)

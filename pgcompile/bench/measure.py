@@ -114,7 +114,7 @@ def _measure_alone(runner: Runner, contestant: Contestant, phase: str) -> None:
     alone = Runner(Row(runner.row.name), setup)
     with _judged(alone.row):
         alone.run = contestant.prepare(setup)
-        first, _ = timed(alone, model, phase)
+        first = timed(alone, model, phase)[0]  # what it computed is gone before memory is measured
         begun = time.perf_counter()
         runner.row.ideal_bytes = _peak(alone, model, phase)
         runner.row.ideal_compile_seconds = max(first - (time.perf_counter() - begun), 0.0)
