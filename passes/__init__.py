@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import graph, lower, padding, propagate, verify
+from . import lower, padding, propagate, trace, verify
 from .attention_match import match_attention
 from .canonicalize import canonicalize
 from .checkpoint import has_regions, inline_checkpoints, wrap_checkpoints
@@ -32,7 +32,7 @@ def inline_pass(c: Compilation) -> None:
 def opaque_pass(c: Compilation) -> None:
     """Refuse what an ATen graph would not show: custom autograd functions, hooks, higher-order operations."""
     assert c.inlined is not None
-    c.refuse(*graph.find_opaque(c.inlined))
+    c.refuse(*trace.find_opaque(c.inlined))
 
 
 def numbers_pass(c: Compilation) -> None:
@@ -45,9 +45,9 @@ def numbers_pass(c: Compilation) -> None:
 def aten_pass(c: Compilation) -> None:
     """Dynamo graph → pre-dispatch ATen, one spelling per operation."""
     assert c.inlined is not None
-    if not any(isinstance(value, torch.Tensor) for value in graph.example_values(c.inlined)):
+    if not any(isinstance(value, torch.Tensor) for value in trace.example_values(c.inlined)):
         return c.refuse(Unsupported("nothing_to_pack", None, "the graph has no tensor among its inputs"))
-    c.aten = graph.to_aten(c.inlined)
+    c.aten = trace.to_aten(c.inlined)
     if has_regions(c.inlined) and not has_regions(c.aten):
         raise RuntimeError("tracing lost which nodes are checkpointed")
 

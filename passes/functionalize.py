@@ -20,20 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import (
-    aten,
-    bound_args,
-    call,
-    grad_mode,
-    is_fresh_item,
-    is_mode_switch,
-    is_view,
-    mutated_args,
-    same_shape,
-    shape,
-    sizes,
-    val,
-)
+from .aliasing import is_fresh_item, is_view, mutated_args
+from .graph import aten, bound_args, call, grad_mode, is_mode_switch, same_shape, shape, sizes, val
 from .seeds import nodes_from_inputs_alone
 
 

@@ -19,18 +19,8 @@ from typing import Any
 
 from torch import fx
 
-from .graph import (
-    aten,
-    bound_args,
-    call,
-    is_anything_between,
-    is_state,
-    requires_grad,
-    same_size,
-    shape,
-    sizes,
-    val,
-)  # fmt: skip
+from .aliasing import is_anything_between
+from .graph import aten, bound_args, call, is_state, requires_grad, same_size, shape, sizes, val
 
 # Each table costs a lookup for all positions.
 MOST_PARTS = 4

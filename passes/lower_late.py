@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from .graph import aten, base_of, bound_args, memory_order, val
+from .aliasing import base_of
+from .graph import aten, bound_args, memory_order, val
 from .layout import Selection, TokenLayout
 from .lower_batch import BatchSide, RequestSide, cut_of
 from .lower_packed import PackedSide

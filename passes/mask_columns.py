@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .affine import Affine, Part
 from .graph import aten, call, same_size, val
-from .mask_expr import OPS, Affine, Const, Element, Expr, Index, Part, dims
+from .mask_expr import OPS, Const, Element, Expr, Index, dims
 from .mask_formula import POSITION, Column
 from .mask_rules import is_one
 

@@ -19,18 +19,17 @@ import torch
 from torch import fx
 
 from . import layout
+from .affine import Affine, Part
 from .graph import input_name
 from .layout import Dim
 from .mask_expr import (
     FALSE,
     TRUE,
-    Affine,
     Const,
     Element,
     Expr,
     Index,
     Op,
-    Part,
     affine_of,
     branches,
     conjuncts,

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import bound_args, mutated_args, same_size, schema_of, shares_memory
-from .mask_expr import Affine, Element, Expr, Index, apply, constant, size, substitute
+from .affine import Affine
+from .aliasing import mutated_args, shares_memory
+from .graph import bound_args, same_size, schema_of
+from .mask_expr import Element, Expr, Index, apply, constant, size, substitute
 from .mask_rules import RULES, Value
 
 aten = torch.ops.aten

@@ -13,21 +13,9 @@ from typing import Any
 
 import torch
 
+from .affine import Affine, is_exact
 from .graph import same_size
-from .mask_expr import (
-    Affine,
-    Const,
-    Expr,
-    Index,
-    affine_of,
-    apply,
-    cast,
-    constant,
-    index,
-    is_exact,
-    substitute,
-    where,
-)
+from .mask_expr import Const, Expr, Index, affine_of, apply, cast, constant, index, substitute, where
 
 
 @dataclass(frozen=True)

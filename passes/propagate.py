@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from .aliasing import base_of, mutated_args
 from .graph import (
+    PRODUCTS,
     ancestors,
     aten,
-    base_of,
     bound_args,
     descendants,
     is_mode_switch,
     is_random,
     is_state,
     is_tensor,
-    mutated_args,
     same_shape,
     same_size,
     shape,
@@ -357,17 +357,14 @@ _OF_MEMORY = {
 
 def _multiply_adds(node: fx.Node) -> int:
     """Of a matrix product on the dense batch; 0 for anything else. An estimate: symbolic sizes count by their hint."""
-    operand = _PRODUCTS.get(node.target)
-    if operand is None or not is_tensor(node):
+    operands = _PRODUCTS.get(node.target)
+    if operands is None or not is_tensor(node):
         return 0
-    inner = shape(node.args[operand])[-1]
+    inner = shape(node.args[operands[0]])[-1]
     return math.prod(size_hint(s) for s in (*shape(node), inner))
 
 
-_PRODUCTS: dict[Any, int] = {
-    aten.linear.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
-    aten.baddbmm.default: 1, aten.scaled_dot_product_attention.default: 1,
-}  # fmt: skip
+_PRODUCTS = PRODUCTS | {aten.scaled_dot_product_attention.default: (0, 1)}
 
 
 def _symbolic_argument(args: Any, kwargs: Any) -> Any:

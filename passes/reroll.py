@@ -21,18 +21,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import (
-    aten,
-    base_of,
-    bound_args,
-    call,
-    is_mode_switch,
-    is_tensor,
-    mutated_args,
-    same_size,
-    shape,
-    val,
-)
+from .aliasing import base_of, mutated_args
+from .graph import aten, bound_args, call, is_mode_switch, is_tensor, same_size, shape, val
 from .rules.pointwise import POINTWISE
 
 # Operations along dims: the position of the argument that names them, and whether they may drop these dims.

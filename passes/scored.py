@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import aten, bound_args, is_tensor, size_hint
+from .graph import PRODUCTS, bound_args, is_tensor, size_hint
 from .layout import Selection, TokenLayout
 from .propagate import Analysis
 from .rules import STREAM
@@ -21,15 +21,13 @@ from .rules import STREAM
 # Above this share of the batch's positions there is little to leave out.
 MOST_SHARE = 0.75
 
-_LINEARS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default}
-
 
 def scored_selections(analysis: Analysis, live: set[fx.Node]) -> set[Selection]:
     """The selections that are cut from the whole batch and pick out packed tokens."""
     found = {
         outermost(layout.selection)
         for node, value in analysis.values.items()
-        if node in live and value.kind == STREAM and node.target in _LINEARS
+        if node in live and value.kind == STREAM and node.target in PRODUCTS
         for layout in value.layouts
         if not layout.selection.is_whole
     }

@@ -23,11 +23,11 @@ import torch
 from torch import fx
 from torch.library import Library
 
+from .aliasing import is_anything_between
 from .graph import (
     aten,
     bound_args,
     call,
-    is_anything_between,
     is_cast,
     is_inactive_dropout,
     is_tensor,

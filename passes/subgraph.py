@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import ancestors, base_of, is_mode_switch, is_random, is_tensor, mutated_args, val
+from .aliasing import base_of, mutated_args
+from .graph import ancestors, is_mode_switch, is_random, is_tensor, val
 from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import PROLOGUE

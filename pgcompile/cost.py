@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from .passes.graph import aten, is_tensor, shape, val
+from .passes.graph import PRODUCTS, is_tensor, shape, val
 from .passes.packed_graphs import PackedGraphs
 from .passes.propagate import Analysis
 from .passes.scored import is_scored
@@ -16,8 +16,6 @@ from .plan import Plan
 
 # Below this share of saved work, planning, gathers and the slower attention of the packed graph cost more.
 MIN_SAVING = 0.1
-
-_LINEAR = {aten.linear.default: 1, aten.addmm.default: 2, aten.mm.default: 1, aten.matmul.default: 1}
 
 
 class Work(NamedTuple):
@@ -116,8 +114,8 @@ def count_work(analysis: Analysis, graphs: PackedGraphs) -> Cost:
     """Count a model's work per token and per query-key pair from the shapes in its graph."""
     per_token = per_scored = 0
     for node, value in analysis.values.items():
-        if value.kind == "stream" and value.layouts and node.target in _LINEAR:
-            weight = node.args[_LINEAR[node.target]]
+        if value.kind == "stream" and value.layouts and node.target in PRODUCTS:
+            weight = node.args[PRODUCTS[node.target][1]]
             if isinstance(weight, fx.Node) and is_tensor(weight) and analysis.kind(weight) != "stream":
                 work = math.prod(s for s in shape(weight) if isinstance(s, int))
                 scored = is_scored(value.layout, graphs.scored)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from pgcompile.passes.canonicalize import canonicalize
-from pgcompile.passes.graph import to_aten
 from pgcompile.passes.softmax_forms import SOFTMAXES
+from pgcompile.passes.trace import to_aten
 
 # name: function of x [3, 4, 5] and labels [3, 4]; operations that are gone; operations that are there
 SPELLINGS = {

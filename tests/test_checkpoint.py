@@ -308,7 +308,7 @@ def test_bodies(wiring, inner_compiler):
 
 def test_marks_that_tracing_lost_are_noticed(monkeypatch):
     """A packed graph that isn't checkpointed would need more memory than was asked for."""
-    to_aten = passes.graph.to_aten
+    to_aten = passes.trace.to_aten
 
     def forgetful(gm):
         traced = to_aten(gm)
@@ -316,7 +316,7 @@ def test_marks_that_tracing_lost_are_noticed(monkeypatch):
             node.meta.pop("custom", None)
         return traced
 
-    monkeypatch.setattr(passes.graph, "to_aten", forgetful)
+    monkeypatch.setattr(passes.trace, "to_aten", forgetful)
     found = pgcompile.explain(model(use_reentrant=False), **BATCH.inputs)
     assert "lost which nodes" in str(found)
 

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pgcompile.passes.graph import to_aten
+from pgcompile.passes.affine import Affine, Part
 from pgcompile.passes.mask_columns import emit_column
-from pgcompile.passes.mask_expr import OPS, Affine, Const, Element, Index, Part
+from pgcompile.passes.mask_expr import OPS, Const, Element, Index
 from pgcompile.passes.mask_formula import (
     CAUSAL,
     conjoin,
@@ -26,6 +26,7 @@ from pgcompile.passes.mask_formula import (
 )
 from pgcompile.passes.mask_reader import MaskReader
 from pgcompile.passes.reasons import Unsupported
+from pgcompile.passes.trace import to_aten
 
 MIN = torch.finfo(torch.float32).min
 INF = float("inf")

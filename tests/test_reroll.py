@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pgcompile.passes.graph import to_aten
 from pgcompile.passes.reroll import ALONG, reroll
+from pgcompile.passes.trace import to_aten
 
 RANGE = torch.arange(5.0, dtype=torch.float64)
 WEIGHT, BIAS = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, dtype=torch.float64)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graph import equal_sizes, same_size
+from ..graph import guard_same_size, same_size
 from ..layout import (
     KEY,
     POSITION,
@@ -286,7 +286,7 @@ __all__ = [
     "Rule",
     "aligned_dims",
     "broadcast",
-    "equal_sizes",
+    "guard_same_size",
     "is_per_row",
     "mixing",
     "normalize_dims",

@@ -18,7 +18,7 @@ from .common import (
     Operand,
     Outcome,
     aligned_dims,
-    equal_sizes,
+    guard_same_size,
     mixing,
     refuse,
     register,
@@ -150,7 +150,7 @@ def gather_rule(op: Op, x: Operand, dim: int, index: Operand, **_: Any) -> Outco
         return mixing(x.tokens, [dim], "gather")
     # labels that the caller cuts have sizes of their own, as Dynamo sees it
     is_label = index.kind in (PROLOGUE, DENSE) and not op.before_mixer
-    equal = equal_sizes if is_label else same_size
+    equal = guard_same_size if is_label else same_size
     if not all(equal(index.shape[d], x.shape[d]) for d in range(rank) if d != dim):
         return refuse("token_mixing", "gather by an index that is smaller than the tokens")
     dims = list(x.tokens.dims)

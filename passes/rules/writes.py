@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..graph import is_constant_fill
+from ..aliasing import is_constant_fill
 from ..layout import Dim, TokenLayout, is_token_factor, plain
 from ..reasons import Unsupported
 from .common import (

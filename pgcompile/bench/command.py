@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import importlib.util
 import logging
 import math
@@ -12,7 +11,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..calibration import calibration_file, write_speed
-from ..cli.run import parse_options
 from ..engines.choose import choose
 from ..files import write_atomically
 from . import calibrate
-from .cases import GRIDS, Case, group_case, tree_case
+from .cases import GRIDS, Case
+from .choices import DTYPES, Choices, choices
 from .contestants import CONTESTANTS
-from .machine import describe, keep_freed_memory, limited_memory
+from .machine import keep_freed_memory, limited_memory
 from .measure import measure
 from .models import SIZES, Model, ModelWork, build_model, count_work
 from .page import page, read_notes
@@ -37,26 +35,9 @@ from .plot import check_format, draw, is_drawn
 from .results import OURS, Record, read, write
 from .table import headline, reasons, terminal_tables
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES_ARE_LEFT = 3  # the exit code
-# The model, the shape and the dtype that suit a device.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "cuda": dict(model="qwen3-0.6b", dtype="bf16", prompt=4096, answer=512),
-    "cpu": dict(model="tiny-cpu", dtype="fp32", prompt=512, answer=64),
-}
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _POSITIVE = click.IntRange(min=1)
-
-
-@dataclass
-class _Plan:
-    """What a command line asks for."""
-
-    cases: list[Case]
-    names: list[str]
-    settings: dict[str, Any]
-    options: dict[str, Any]
-    machine: dict[str, Any]
 
 
 @click.command()
@@ -162,17 +143,17 @@ def bench(**given: Any) -> None:
         other = [p.opts[0] for p in _typed() if p.name not in known]
         if other:
             raise click.UsageError(f"--calibrate has batches of its own; leave out {other[0]}")
-        return _calibrate(_plan(given), given, console)
+        return _calibrate(choices(given), given, console)
     if any(p.name == "test_batches" for p in _typed()):
         raise click.UsageError("--test-batches belongs to --calibrate")
     if files:
         records = [record for file in files for record in read(file)]
         _tell_reasons(records, console)
     else:
-        plan = _plan(given)
-        if given["picture"] is not None and not any(is_drawn(vars(case)) for case in plan.cases):
+        wanted = choices(given)
+        if given["picture"] is not None and not any(is_drawn(vars(case)) for case in wanted.cases):
             raise click.UsageError("--plot draws prompts with answers of one length, which no case here has")
-        records, code = _measure_all(plan, given, console)
+        records, code = _measure_all(wanted, given, console)
     if not records:
         console.print("no records")
     else:
@@ -188,41 +169,43 @@ def bench(**given: Any) -> None:
     raise SystemExit(code)
 
 
-def _measure_all(plan: _Plan, given: dict[str, Any], console: Console) -> tuple[list[Record], int]:
-    """The records of the plan's cases, those in the file among them, and the exit code."""
+def _measure_all(wanted: Choices, given: dict[str, Any], console: Console) -> tuple[list[Record], int]:
+    """The records of the wanted cases, those in the file among them, and the exit code."""
     file: Path | None = given["json_file"]
     known = read(file) if file is not None else []
-    found = [(c, r) for c in plan.cases for r in known if r.has(c, plan.names, plan.settings, plan.machine)]
+    found = [
+        (c, r) for c in wanted.cases for r in known if r.has(c, wanted.names, wanted.settings, wanted.machine)
+    ]
     kept = {case.name: record for case, record in found if not (given["retry"] and record.failed)}
     _tell_reasons(kept.values(), console)
-    left = [case for case in plan.cases if case.name not in kept]
+    left = [case for case in wanted.cases if case.name not in kept]
     if kept:
-        console.print(f"{len(kept)} of {len(plan.cases)} cases are in {file}", soft_wrap=True)
+        console.print(f"{len(kept)} of {len(wanted.cases)} cases are in {file}", soft_wrap=True)
     why, code = "the budget is spent", CASES_ARE_LEFT
     try:
-        for case, record in _measured(left, kept.values(), plan, given, console) if left else ():
+        for case, record in _measured(left, kept.values(), wanted, given, console) if left else ():
             kept[case.name] = record
             if file is not None:
-                known = [r for r in known if not r.has(case, (), plan.settings, plan.machine)] + [record]
+                known = [r for r in known if not r.has(case, (), wanted.settings, wanted.machine)] + [record]
                 write(file, known)
     except KeyboardInterrupt:
         why, code = "interrupted", 130
-    missing = len(plan.cases) - len(kept)
+    missing = len(wanted.cases) - len(kept)
     if missing:
         where = f"; the same command goes on, {file} has the others" if file is not None and kept else ""
         console.print(f"{why}: {missing} case{'s' * (missing > 1)} left{where}", soft_wrap=True)
-    return [kept[case.name] for case in plan.cases if case.name in kept], code if missing else 0
+    return [kept[case.name] for case in wanted.cases if case.name in kept], code if missing else 0
 
 
 def _measured(
-    cases: Sequence[Case], known: Iterable[Record], plan: _Plan, given: dict[str, Any], console: Console
+    cases: Sequence[Case], known: Iterable[Record], wanted: Choices, given: dict[str, Any], console: Console
 ) -> Iterator[tuple[Case, Record]]:
     """Measure one after the other, as far as the budget goes, by the time that the known ones took."""
-    chosen = {name: CONTESTANTS[name] for name in plan.names}
-    longest = max(case.most_tokens for case in plan.cases)
+    chosen = {name: CONTESTANTS[name] for name in wanted.names}
+    longest = max(case.most_tokens for case in wanted.cases)
     with _model_of(longest, given) as model, _progress(console) as progress:
         work = count_work(model)
-        work_of = {case.name: _most_work(case, work, plan.settings["phase"]) for case in plan.cases}
+        work_of = {case.name: _most_work(case, work, wanted.settings["phase"]) for case in wanted.cases}
         smallest = min(cases, key=lambda case: work_of[case.name])
         # by work, which says more about the time left than the number of cases
         task = progress.add_task("", total=sum(work_of[case.name] for case in cases), number="")
@@ -250,10 +233,10 @@ def _measured(
                     click.echo(f"{name}: {text}", err=True)
 
             record = measure(
-                case, model, work, chosen, plan.settings["phase"], given["repeats"], plan.options,
+                case, model, work, chosen, wanted.settings["phase"], given["repeats"], wanted.options,
                 tell, given["min_run_time"],
             )  # fmt: skip
-            record.settings, record.machine, record.command = plan.settings, plan.machine, _command_line()
+            record.settings, record.machine, record.command = wanted.settings, wanted.machine, _command_line()
             record.date = _now()
             _tell_reasons([record], console)
             if len(cases) > 1:
@@ -289,7 +272,7 @@ def _tell_reasons(records: Iterable[Record], console: Console) -> None:
             console.print(f"{record.name}: {line}", markup=False, soft_wrap=True)
 
 
-def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:
+def _calibrate(wanted: Choices, given: dict[str, Any], console: Console) -> None:
     """Measure, fit, keep, and say how good it is."""
     device, dtype = torch.device(given["device"]), DTYPES[given["dtype"]]
     count = calibrate.FITTED + given["test_batches"]
@@ -313,7 +296,7 @@ def _calibrate(plan: _Plan, given: dict[str, Any], console: Console) -> None:
         raise click.ClickException(f"not kept: {text}")
     file = calibration_file(device, dtype, choose("auto", device, dtype)[0])
     about = {
-        "command": _command_line(), "date": _now(), "machine": plan.machine, "batches": calibrate.FITTED,
+        "command": _command_line(), "date": _now(), "machine": wanted.machine, "batches": calibrate.FITTED,
         "tested": len(tested), "faster side named": right,
     }  # fmt: skip
     write_speed(file, speed, about)
@@ -346,75 +329,6 @@ def _progress(console: Console) -> Progress:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _plan(given: dict[str, Any]) -> _Plan:
-    """Fill in defaults, and refuse what doesn't fit together."""
-    if given["device"] is None:
-        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    elif given["device"] == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("there is no CUDA device", param_hint="--device")
-    defaults = DEFAULTS[given["device"]]
-    cases = _cases(given, defaults)
-    for name in ("model", "dtype"):
-        given[name] = given[name] or defaults[name]
-    options = parse_options(given["pairs"])
-    names = _names(given["against"])
-    settings = {
-        name: given[name] for name in ("model", "layers", "dtype", "phase", "repeats", "min_run_time")
-    }
-    settings["options"] = sorted(given["pairs"])
-    machine = describe(torch.device(given["device"]))
-    return _Plan(cases, names, settings, vars(options), machine)
-
-
-def _cases(given: dict[str, Any], defaults: dict[str, Any]) -> list[Case]:
-    shape = [name for name in ("prompt", "answer", "group", "batch", "tree") if given[name] is not None]
-    if given["grid"] is not None:
-        if shape:
-            raise click.UsageError(f"--grid has shapes of its own; leave out --{shape[0]}")
-        return GRIDS[given["grid"]]
-    batch = given["batch"] or 1
-    if given["tree"] is not None:
-        if set(shape) - {"tree", "batch"}:
-            raise click.UsageError("--tree replaces --prompt, --answer and --group")
-        return [_tree(given["tree"], batch)]
-    prompt = defaults["prompt"] if given["prompt"] is None else given["prompt"]
-    case = group_case(prompt, given["answer"] or defaults["answer"], given["group"] or 8, batch)
-    return [_with_answers(case, "--answer")]
-
-
-def _tree(text: str, batch: int) -> Case:
-    try:
-        depth, branch, turn = text.split(",")
-        fewest, _, most = turn.partition("-")
-        sizes = int(depth), int(branch), int(fewest), int(most or fewest)
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} isn't DEPTH,BRANCH,TURN, as in 4,3,200-800", param_hint="--tree"
-        ) from None
-    if min(sizes) < 1 or sizes[2] > sizes[3]:
-        raise click.BadParameter(f"{text!r}: numbers are at least 1, ranges ascend", param_hint="--tree")
-    return _with_answers(tree_case(*sizes, batch), "--tree")
-
-
-def _with_answers(case: Case, option: str) -> Case:
-    """A row's first token is predicted by nothing."""
-    if case.fewest_tokens < 2:
-        raise click.BadParameter("rows need two tokens, one to predict the other", param_hint=option)
-    return case
-
-
-def _names(against: str) -> list[str]:
-    """Contestants in the order they are measured; pgcompile is always one."""
-    names = [name.strip() for name in against.split(",") if name.strip()]
-    for name in names:
-        if name not in CONTESTANTS:
-            near = difflib.get_close_matches(name, CONTESTANTS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            text = f"{name!r} is none of {', '.join(CONTESTANTS)}{hint}"
-            raise click.BadParameter(text, param_hint="--against")
-    return [name for name in CONTESTANTS if name in names or name == OURS]
 
 
 def _typed() -> list[click.Parameter]:
