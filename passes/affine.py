@@ -1,4 +1,4 @@
-"""Affine functions of a tensor's indices, and what views that merge dims make of them.
+"""Affine functions of a tensor's indices, what views that merge dims make of them, and which dtypes hold them exactly.
 
 Where a view merges dims, the index of each becomes a `Part` of the merged one, until another view splits that again.
 """

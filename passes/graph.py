@@ -1,10 +1,14 @@
-"""Small questions about FX nodes: their values, sizes, arguments and neighbours. (Aliasing is in aliasing.py.)"""
+"""Small questions about FX nodes (values, sizes, arguments, neighbours, modes), and `call`, which adds one.
+
+Which nodes share memory is in aliasing.py, how a graph is traced in trace.py.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,7 +24,7 @@ def val(node: Any) -> Any:
 
 
 def requires_grad(node: fx.Node) -> bool:
-    """Does a graph input require grad? Fake values of traced nodes don't tell; of inputs, `to_aten` noted it."""
+    """Does a graph input require grad? Fake values of traced nodes don't tell; of inputs, `trace.to_aten` noted it."""
     return bool(node.meta.get("requires_grad", False))
 
 
@@ -131,8 +135,6 @@ def grad_mode(node: fx.Node) -> bool:
 
 
 AUTOCAST_SWITCHES = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
-
-
 MODE_SWITCHES = {torch._C._set_grad_enabled, *AUTOCAST_SWITCHES}
 
 
@@ -175,11 +177,28 @@ def bound_args(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(positional), keywords
 
 
-# Matrix products, and which of their arguments are multiplied.
-PRODUCTS: dict[Any, tuple[int, int]] = {
-    aten.linear.default: (0, 1), aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.matmul.default: (0, 1),
-    aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2),
+# Matrix products, and which argument's last dim they sum over.
+_LEFT_OPERANDS = {
+    "aten::linear": 0, "aten::mm": 0, "aten::mv": 0, "aten::bmm": 0, "aten::matmul": 0, "aten::addmm": 1,
+    "aten::baddbmm": 1, "aten::_grouped_mm": 0, "transformers::grouped_mm_fallback": 0,
 }  # fmt: skip
+
+
+def contracted_size(node: fx.Node) -> Any | None:
+    """The size that a matrix product sums over; None for anything else. Its multiply-adds are this times its result."""
+    schema = schema_of(node)
+    if schema is not None and schema.name in _LEFT_OPERANDS:
+        return shape(node.args[_LEFT_OPERANDS[schema.name]])[-1]
+    if node.target is not aten.einsum.default:
+        return None
+    equation, operands = node.args[:2]
+    terms, _, result = str(equation).replace(" ", "").partition("->")
+    sizes = {
+        label: size  # from the right, where an ellipsis leads
+        for term, operand in zip(terms.split(","), cast(Any, operands), strict=True)
+        for label, size in zip(reversed(term), reversed(shape(operand)), strict=False)
+    }
+    return math.prod(size for label, size in sizes.items() if label not in result)
 
 
 _CASTS = {

@@ -115,6 +115,12 @@ class TokenLayout:
         return self.holds is not None or any(isinstance(f, Sorted) for dim in self.dims for f in dim)
 
     @property
+    def entries_of_token(self) -> int:
+        """How many entries each token has; symbolic sizes are left out."""
+        factors = [f for dim in self.dims for factor in dim for f in getattr(factor, "factors", (factor,))]
+        return math.prod(f for f in factors if isinstance(f, int))
+
+    @property
     def packed_factor(self) -> str:
         """The factor that has size T when packed."""
         return POSITION if self.has(POSITION) else ROW

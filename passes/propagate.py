@@ -21,10 +21,10 @@ from torch import fx
 
 from .aliasing import base_of, mutated_args
 from .graph import (
-    PRODUCTS,
     ancestors,
     aten,
     bound_args,
+    contracted_size,
     descendants,
     is_mode_switch,
     is_random,
@@ -357,14 +357,11 @@ _OF_MEMORY = {
 
 def _multiply_adds(node: fx.Node) -> int:
     """Of a matrix product on the dense batch; 0 for anything else. An estimate: symbolic sizes count by their hint."""
-    operands = _PRODUCTS.get(node.target)
-    if operands is None or not is_tensor(node):
-        return 0
-    inner = shape(node.args[operands[0]])[-1]
-    return math.prod(size_hint(s) for s in (*shape(node), inner))
-
-
-_PRODUCTS = PRODUCTS | {aten.scaled_dot_product_attention.default: (0, 1)}
+    if node.target is aten.scaled_dot_product_attention.default:
+        inner = shape(node.args[0])[-1]
+    else:
+        inner = contracted_size(node)
+    return 0 if inner is None else math.prod(size_hint(s) for s in (*shape(node), inner))
 
 
 def _symbolic_argument(args: Any, kwargs: Any) -> Any:

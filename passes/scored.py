@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import PRODUCTS, bound_args, is_tensor, size_hint
+from .graph import bound_args, contracted_size, is_tensor, size_hint
 from .layout import Selection, TokenLayout
 from .propagate import Analysis
 from .rules import STREAM
@@ -27,7 +27,7 @@ def scored_selections(analysis: Analysis, live: set[fx.Node]) -> set[Selection]:
     found = {
         outermost(layout.selection)
         for node, value in analysis.values.items()
-        if node in live and value.kind == STREAM and node.target in PRODUCTS
+        if node in live and value.kind == STREAM and contracted_size(node) is not None
         for layout in value.layouts
         if not layout.selection.is_whole
     }

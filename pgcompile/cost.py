@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import fx
-
-from .passes.graph import PRODUCTS, is_tensor, shape, val
+from .passes.graph import contracted_size, val
+from .passes.layout import KEY
 from .passes.packed_graphs import PackedGraphs
-from .passes.propagate import Analysis
+from .passes.propagate import Analysis, Value
+from .passes.rules import STREAM
 from .passes.scored import is_scored
 from .plan import Plan
 
@@ -35,8 +34,9 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds: `per_token` of the linear layers, `per_scored` of those that only scored tokens go through,
-    `per_pair` of attention (a query and a key it sees); and the number of attentions."""
+    """Multiply-adds: `per_token` of the matrix products over tokens (linear layers, experts), `per_scored` of those
+    that only scored tokens go through, `per_pair` of attention (a query and a key it sees); the number of attentions.
+    """
 
     per_token: int
     per_scored: int
@@ -66,7 +66,7 @@ class Speed:
     """Seconds of a training step on one device, per unit of what is counted; `pgcompile bench --calibrate` fits them.
 
     Args:
-        linear: of a multiply-add of linear layers.
+        linear: of a multiply-add of matrix products over tokens.
         dense_attention, packed_attention: of a multiply-add of attention.
         segment: of a segment of the tree in one attention.
         unpacked: of a token of the dense batch. (Planning isn't counted: it is done before anything is decided.)
@@ -114,17 +114,20 @@ def count_work(analysis: Analysis, graphs: PackedGraphs) -> Cost:
     """Count a model's work per token and per query-key pair from the shapes in its graph."""
     per_token = per_scored = 0
     for node, value in analysis.values.items():
-        if value.kind == "stream" and value.layouts and node.target in PRODUCTS:
-            weight = node.args[PRODUCTS[node.target][1]]
-            if isinstance(weight, fx.Node) and is_tensor(weight) and analysis.kind(weight) != "stream":
-                work = math.prod(s for s in shape(weight) if isinstance(s, int))
-                scored = is_scored(value.layout, graphs.scored)
-                per_token, per_scored = per_token + work * (not scored), per_scored + work * scored
+        inner = contracted_size(node) if value.kind == STREAM and value.layouts else None
+        if inner is not None and not _is_attention(value):
+            work = value.layout.entries_of_token * int(inner)
+            scored = is_scored(value.layout, graphs.scored)
+            per_token, per_scored = per_token + work * (not scored), per_scored + work * scored
     per_pair = 0
     for match in graphs.matches:
         q, v = val(match.q).shape, val(match.v).shape
-        heads = math.prod(
-            f for dim in analysis.values[match.q].layout.dims[:-2] for f in dim if isinstance(f, int)
-        )
+        layout = analysis.values[match.q].layout
+        heads = layout.with_dims(layout.dims[:-2]).entries_of_token
         per_pair += heads * (int(q[-1]) + int(v[-1]))
     return Cost(max(per_token, 1), per_scored, per_pair, len(graphs.matches))
+
+
+def _is_attention(value: Value) -> bool:
+    """Scores, or probabilities times values: counted by pairs."""
+    return value.layout.has(KEY) or (value.outcome is not None and value.outcome.action == "attention")

@@ -861,6 +861,20 @@ def test_the_page_keeps_machines_and_settings_apart():
     assert "Below 95%" not in text and "Without figures" not in text
 
 
+@pytest.mark.parametrize(
+    "distinct, seconds, is_listed",
+    [(8, 4.05, False), (8, 4.12, True), (4, 2.08, False), (4, 2.15, True)],
+)
+def test_the_page_says_what_is_below_the_goal(distinct, seconds, is_listed):
+    """A step may take 2% longer than dense where nothing can be saved, and 5% longer than the ideal elsewhere."""
+    record = record_on_a_page("case", "CPU", "fp32", operations=16)
+    record.tokens["distinct"] = distinct
+    record.operations["distinct"] = 2 * distinct
+    record.rows = [Row("dense", is_dense=True, seconds=[4.0]), Row("pgcompile", seconds=[seconds])]
+    text = page([record], {"case": "chance"}, "pgcompile bench --markdown x")
+    assert (": chance" in text) == is_listed
+
+
 def test_the_page_says_in_which_cases_there_are_no_figures():
     records = []
     for name in ("one", "two", "three"):

@@ -1,4 +1,4 @@
-"""What a command line asks for: cases, contestants and settings."""
+"""What `pgcompile bench` was asked for: cases, contestants and settings."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Choices:
     machine: dict[str, Any]
 
 
-def choices(given: dict[str, Any]) -> Choices:
-    """Fill in defaults, and refuse what doesn't fit together."""
+def read_choices(given: dict[str, Any]) -> Choices:
+    """Fill in defaults, in `given` too, and refuse what doesn't fit together."""
     if given["device"] is None:
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     elif given["device"] == "cuda" and not torch.cuda.is_available():

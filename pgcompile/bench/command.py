@@ -1,4 +1,4 @@
-"""`pgcompile bench`: choose cases and contestants, measure, keep the records, show them."""
+"""`pgcompile bench`: measure what was asked for (choices.py), keep the records, show them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..engines.choose import choose
 from ..files import write_atomically
 from . import calibrate
 from .cases import GRIDS, Case
-from .choices import DTYPES, Choices, choices
+from .choices import DTYPES, Choices, read_choices
 from .contestants import CONTESTANTS
 from .machine import keep_freed_memory, limited_memory
 from .measure import measure
@@ -143,14 +143,14 @@ def bench(**given: Any) -> None:
         other = [p.opts[0] for p in _typed() if p.name not in known]
         if other:
             raise click.UsageError(f"--calibrate has batches of its own; leave out {other[0]}")
-        return _calibrate(choices(given), given, console)
+        return _calibrate(read_choices(given), given, console)
     if any(p.name == "test_batches" for p in _typed()):
         raise click.UsageError("--test-batches belongs to --calibrate")
     if files:
         records = [record for file in files for record in read(file)]
         _tell_reasons(records, console)
     else:
-        wanted = choices(given)
+        wanted = read_choices(given)
         if given["picture"] is not None and not any(is_drawn(vars(case)) for case in wanted.cases):
             raise click.UsageError("--plot draws prompts with answers of one length, which no case here has")
         records, code = _measure_all(wanted, given, console)
