@@ -74,7 +74,7 @@ def draws(test):
     return given(**arguments)(test)
 
 
-@fuzz(20)
+@fuzz(14)
 @draws
 def test_drawn_models(parts, padding, seed, dynamic):
     check(parts, padding, seed, dynamic)

@@ -32,15 +32,17 @@ twice what dense eager is (that of a single parameter: four times). What differs
 other tokens, with the same common prefixes: as in training, every step finds out anew what is shared.
 
 *speed-up*: over the faster of those dense contestants that are listed (`dense` is eager, `dense-compiled` inductor), on
-SDPA's causal fast path and without a mask.
+SDPA's causal fast path and without a mask. As `torch.compile` does, inductor compiles the first shape of a process for
+itself, and the second for all that follow.
 *ideal*: the operations of the dense batch (linear layers by tokens, logits by predictions, attention by query-key
 pairs) over those of its distinct tokens. *efficiency*: speed-up over ideal. *peak memory*: above what was allocated
 before the step; *of dense*: of the leaner dense contestant's; *of ideal*: of what that one needs for a batch of as
-many tokens and predictions as are distinct, which shares nothing. *MFU*: operations of what the contestant computes
-(distinct tokens, unless it is dense) over what the device could do in that time. *compile*: the first call less the
-median of the others, with inductor's cache on the disk as it was; next to nothing where a case before this one, in the
-same process, has compiled the graph. *planning*: share of pgcompile's step in which it finds what is shared; it is part
-of the step. pgcompile's version ends in a digest of its sources.
+many tokens and predictions as are distinct, which shares nothing (gradients of weights are as large for any batch, so
+dense's memory times a share of its tokens would be less than anything needs). *MFU*: operations of what the contestant
+computes (distinct tokens, unless it is dense) over what the device could do in that time. *compile*: the first call
+less the median of the others, with inductor's cache on the disk as it was; next to nothing where a case before this
+one, in the same process, has compiled a graph for such sizes. *planning*: share of pgcompile's step in which it finds
+what is shared; it is part of the step. pgcompile's version ends in a digest of its sources.
 """
 
 
