@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from .graph import aten, bound_args
 from .layout import Selection, TokenLayout
+from .original import Original
 from .propagate import NUMBER
 from .rules import PROLOGUE
 from .subgraph import input_of
 from .unpack import label_request, loss_request
-
-if TYPE_CHECKING:
-    from .lower import Lowering
 
 
 class BatchSide:
     """Builds a graph of arguments, the prologue's results and maps from the batch to packed tokens.
 
     Args:
-        whole: what is being lowered.
+        original: what is lowered.
     """
 
-    def __init__(self, whole: Lowering) -> None:
-        self.whole = whole
+    def __init__(self, original: Original) -> None:
+        self.original = original
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.inputs: dict[tuple[str, int], fx.Node] = {}
@@ -38,11 +36,11 @@ class BatchSide:
         """This graph's value for a node of the original graph."""
         if node in self.env:
             return self.env[node]
-        kind = self.whole.analysis.kind(node)
-        if node in self.whole.placeholders:
-            found = self._input("argument", self.whole.placeholders[node])
+        kind = self.original.analysis.kind(node)
+        if node in self.original.placeholders:
+            found = self._input("argument", self.original.placeholders[node])
         elif kind in (PROLOGUE, NUMBER):
-            found = self._input("prologue", self.whole.result(node))
+            found = self._input("prologue", self.original.result(node))
         else:
             raise AssertionError(f"{node} ({kind}) comes too late")
         self.env[node] = found
@@ -59,7 +57,7 @@ class BatchSide:
         found = self.maps.get((id(selection), source))
         if found is None:
             target, args = cut_of(selection)
-            is_scored = selection in self.whole.scored
+            is_scored = selection in self.original.scored
             parent = self._input(f"scored_{source}", 0) if is_scored else self.map(selection.parent, source)
             found = self.graph.call_function(target, (parent, *fx.map_arg(args, self.value)))
             self.maps[(id(selection), source)] = found
@@ -69,8 +67,8 @@ class BatchSide:
 class RequestSide(BatchSide):
     """Builds the graph that says which entries of packed values are looked up: labels, known from inputs alone."""
 
-    def __init__(self, whole: Lowering) -> None:
-        super().__init__(whole)
+    def __init__(self, original: Original) -> None:
+        super().__init__(original)
         self.requests: dict[Any, fx.Node] = {}
         self.widths: list[int] = []
 

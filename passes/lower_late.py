@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
@@ -12,36 +12,34 @@ from .graph import aten, bound_args, memory_order, val
 from .layout import Selection, TokenLayout
 from .lower_batch import BatchSide, RequestSide, cut_of
 from .lower_packed import PackedSide
+from .original import Original
 from .packed_graphs import ResultRef
 from .rules import LATE, STREAM
 from .subgraph import views_of_shared_outputs
 from .unpack import label_loss, unpack_numbers, unpack_tokens
-
-if TYPE_CHECKING:
-    from .lower import Lowering
 
 
 class LateSide(BatchSide):
     """Builds the late graph, node by node, in the order of the original.
 
     Args:
-        whole: what is being lowered.
+        original: what is lowered.
         packed: the packed graph, which gets the results that are unpacked here.
         requests: the graph of requests, which gets those of labels.
     """
 
-    def __init__(self, whole: Lowering, packed: PackedSide, requests: RequestSide) -> None:
-        super().__init__(whole)
+    def __init__(self, original: Original, packed: PackedSide, requests: RequestSide) -> None:
+        super().__init__(original)
         self.packed, self.requests = packed, requests
         self.cuts: dict[Selection, tuple[Any, Any]] = {}
-        self.shared_views = views_of_shared_outputs(whole.gm.graph)
+        self.shared_views = views_of_shared_outputs(original.gm.graph)
 
     def output_value(self, node: fx.Node) -> Any:
         """The late graph's value that the caller gets: zeros where tokens were dropped."""
         if (
-            self.whole.analysis.kind(node) != STREAM
+            self.original.analysis.kind(node) != STREAM
             or self.shares_memory(node)
-            or node in self.whole.placeholders
+            or node in self.original.placeholders
         ):
             return self.value(node)
         return self._unpacked(node, "class_of")
@@ -51,7 +49,7 @@ class LateSide(BatchSide):
         return node in self.shared_views or base_of(node) in {base_of(v) for v in self.shared_views}
 
     def _unpacked(self, node: fx.Node, source: str) -> fx.Node:
-        layout = self.whole.analysis.values[node].layout
+        layout = self.original.analysis.values[node].layout
         packed = self._packed_result(self.packed.value(node))
         token_map = self.map(layout.selection, source)
         # what runs as written, in this graph or after it, may look at memory through another shape
@@ -65,7 +63,7 @@ class LateSide(BatchSide):
         Dropped tokens get the value of another one. Whatever reads them is switched off there by a factor of zero
         (`padding.py`), and zero times a number is zero; but zeros in their place might become infinite on the way.
         """
-        is_stream = self.whole.analysis.kind(node) == STREAM and node not in self.whole.placeholders
+        is_stream = self.original.analysis.kind(node) == STREAM and node not in self.original.placeholders
         if is_stream and node not in self.env:
             # outputs that share memory still do: a view of the unpacked base
             is_view = node in self.shared_views
@@ -87,10 +85,10 @@ class LateSide(BatchSide):
             self.note_cuts(selection.parent)
 
     def _result_ref(self, node: fx.Node) -> Any:
-        return ResultRef(self.whole.result(node))
+        return ResultRef(self.original.result(node))
 
     def add(self, node: fx.Node) -> None:
-        outcome = self.whole.analysis.values[node].outcome
+        outcome = self.original.analysis.values[node].outcome
         special = LATE_LOWERINGS.get(outcome.action) if outcome is not None else None
         self.env[node] = special(self, node, outcome) if special else self.graph.node_copy(node, self.value)
 
@@ -127,8 +125,10 @@ class LateSide(BatchSide):
     def is_unpacked(self, node: fx.Node) -> bool:
         """Is the value used outside of the packed graph, other than as the logits of a label gather or loss?"""
         for user in node.users:
-            if user in self.whole.live and (user.op == "output" or self.whole.analysis.kind(user) == LATE):
-                outcome = None if user.op == "output" else self.whole.analysis.values[user].outcome
+            if user in self.original.live and (
+                user.op == "output" or self.original.analysis.kind(user) == LATE
+            ):
+                outcome = None if user.op == "output" else self.original.analysis.values[user].outcome
                 if outcome is None or outcome.action not in LATE_LOWERINGS:
                     return True
         return False
@@ -136,8 +136,8 @@ class LateSide(BatchSide):
     def tokens_of(self, leaf: Any) -> TokenLayout | None:
         if not isinstance(leaf, fx.Node):
             return None
-        value = self.whole.analysis.values[leaf]
-        layout = value.layout if value.kind == STREAM else self.whole.guards.layouts.get(leaf)
+        value = self.original.analysis.values[leaf]
+        layout = value.layout if value.kind == STREAM else self.original.guards.layouts.get(leaf)
         if layout is not None:
             self.note_cuts(layout.selection)
         return layout

@@ -8,32 +8,30 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from .attention_match import AttentionMatch
 from .attention_scores import summands
 from .graph import aten, bound_args, node_arg, val
 from .layout import POSITION, ROW, Dim, TokenLayout, plain_size
+from .original import Original
 from .packed_graphs import Input
 from .rules import PROLOGUE, STREAM
 from .subgraph import input_of
-
-if TYPE_CHECKING:
-    from .attention_match import AttentionMatch
-    from .lower import Lowering
 
 
 class PackedSide:
     """Builds the packed graph, node by node, in the order of the original.
 
     Args:
-        whole: what is being lowered.
+        original: what is lowered.
     """
 
-    def __init__(self, whole: Lowering) -> None:
-        self.whole = whole
+    def __init__(self, original: Original) -> None:
+        self.original = original
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.inputs: dict[Input, fx.Node] = {}
@@ -46,21 +44,21 @@ class PackedSide:
         """The packed graph's value for a node of the original graph."""
         if node in self.env:
             return self.env[node]
-        kind = self.whole.analysis.kind(node)
-        if node in self.whole.placeholders:
-            found: Any = self._input(Input("argument", self.whole.placeholders[node]), "argument")
+        kind = self.original.analysis.kind(node)
+        if node in self.original.placeholders:
+            found: Any = self._input(Input("argument", self.original.placeholders[node]), "argument")
         elif kind == PROLOGUE:
-            found = self._input(Input("value", self.whole.result(node)), "value")
+            found = self._input(Input("value", self.original.result(node)), "value")
         else:
             raise AssertionError(f"{node} ({kind}) isn't packed")
         self.env[node] = found
         return found
 
     def packed_column(self, node: fx.Node, dims: tuple[Dim, ...]) -> fx.Node:
-        return self._input(Input("column", self.whole.column_result(node), dims), "column")
+        return self._input(Input("column", self.original.column_result(node), dims), "column")
 
     def add(self, node: fx.Node) -> None:
-        value = self.whole.analysis.values[node]
+        value = self.original.analysis.values[node]
         outcome = value.outcome
         assert outcome is not None
         packed = LOWERINGS[outcome.action](self, node, outcome)
@@ -97,12 +95,12 @@ class PackedSide:
 
     def _picks(self, source: fx.Node, layout: TokenLayout) -> bool:
         """Does this cut leave tokens that are to be picked out?"""
-        is_whole = self.whole.analysis.values[source].layout.selection.is_whole
-        return is_whole and layout.selection in self.whole.scored
+        is_whole = self.original.analysis.values[source].layout.selection.is_whole
+        return is_whole and layout.selection in self.original.scored
 
     def _scored(self, node: fx.Node) -> fx.Node:
         """The scored ones of a value's tokens."""
-        layout = self.whole.analysis.values[node].layout
+        layout = self.original.analysis.values[node].layout
         dim = layout.dim_of(POSITION if layout.has(POSITION) else ROW)
         index = self._input(Input("scored"), "scored")
         return self.graph.call_function(aten.index_select.default, (self.value(node), dim, index))
@@ -119,7 +117,7 @@ class PackedSide:
     def filled(self, node: fx.Node, outcome: Any) -> fx.Node:
         """A write into a constant, which gets the packed size."""
         constant, *rest = bound_args(node)[0]
-        like = next(a for a in rest if isinstance(a, fx.Node) and self.whole.analysis.kind(a) == STREAM)
+        like = next(a for a in rest if isinstance(a, fx.Node) and self.original.analysis.kind(a) == STREAM)
         sizes = [
             self.graph.call_function(aten.sym_size.int, (self.value(like), d)) if size == -1 else size
             for d, size in enumerate(outcome.layout.packed_shape())
@@ -162,7 +160,7 @@ class PackedSide:
 
     def table(self, node: fx.Node, outcome: Any) -> fx.Node:
         """`parameter[:S]` along the position dim: one entry per packed token."""
-        self.whole.position_is_key = True
+        self.original.position_is_key = True
         x, dim = self.value(node_arg(node, 0)), outcome.detail
         positions = self._input(Input("positions"), "positions")
         moved = self.graph.call_function(aten.transpose.int, (x, 0, dim))
@@ -171,17 +169,17 @@ class PackedSide:
 
     def attention(self, node: fx.Node, outcome: Any) -> fx.Node:
         """`prefix_attention` over the packed tokens; heads in one dim, whatever the model's layout."""
-        match = self.whole.matches[node]
+        match = self.original.matches[node]
         k = self.value(match.k)
         if match.k_transposed:
             k = self.graph.call_function(aten.transpose.int, (k, -2, -1))
         columns = [
-            [self._flat(self.packed_column(self.whole.columns[c], ((ROW,), (POSITION,)))) for c in group]
+            [self._flat(self.packed_column(self.original.columns[c], ((ROW,), (POSITION,)))) for c in group]
             for group in (match.formula.key_valid, match.formula.same_value)
         ]
         if match.formula.data is not None:
             columns[0].append(
-                self._input(Input("data_mask", self.whole.data_masks[match.formula.data]), "key_valid")
+                self._input(Input("data_mask", self.original.data_masks[match.formula.data]), "key_valid")
             )
         dtype = val(node).dtype  # autocast converts the arguments of attention, but not of our operator
         q, k, v = (
@@ -197,8 +195,8 @@ class PackedSide:
                 None if match.sink is None else self._flat(self.value(match.sink)),
                 self._input(Input("subtree_end"), "subtree_end"), self._input(Input("depth"), "depth"),
                 self._input(Input("segments"), "segments"),
-                self._input(Input("hides", self.whole.mask_columns_of(match)), "hides"),
-                *columns, match.scale, match.softcap, match.formula.window, self.whole.engine,
+                self._input(Input("hides", self.original.mask_columns_of(match)), "hides"),
+                *columns, match.scale, match.softcap, match.formula.window, self.original.engine,
             ),
         )  # fmt: skip
         call.meta["layouts"] = None
@@ -256,9 +254,9 @@ class PackedSide:
         """[1, ..heads.., T, D] → [1, H, T, D] of `dtype`."""
         if val(original).dtype != dtype:
             packed = self.graph.call_function(aten.to.dtype, (packed, dtype))
-        dims = self.whole.analysis.values[original].layout.dims
+        dims = self.original.analysis.values[original].layout.dims
         heads = math.prod(map(plain_size, dims[:-2]))
-        is_key = original in {m.k for m in self.whole.matches.values() if m.k_transposed}
+        is_key = original in {m.k for m in self.original.matches.values() if m.k_transposed}
         width = dims[-2] if is_key and POSITION in dims[-1] else dims[-1]
         return self.graph.call_function(aten.reshape.default, (packed, [1, heads, -1, math.prod(width)]))
 
