@@ -70,7 +70,7 @@ HINTS: dict[str, str] = {
     "engine_error": "please report it, with the model",
     "fully_masked_query": "let every token attend to itself",
     "padding_read": "multiply by the mask before reducing, or use ignore_index labels on padding",
-    "not_worth_it": "batch rows that share prefixes together",
+    "not_worth_it": "batch rows that share prefixes together; pad on the right, or pass position_ids",
     "empty_batch": "",
     "pass_disabled": "remove it from disable_passes",
 }

@@ -213,7 +213,7 @@ class PackedCall:
             return self._run_dense(given, report, "engine_error", f"{type(error).__name__}: {error}", error)
         report.decision = "packed"
         self._collect(report)
-        stats.count(packed=1)
+        stats.count(packed=1, computed_tokens=report.packed_tokens)
         if self.unchecked > 0:
             self.unchecked -= 1
             self._check(given, outputs, results, plan)
@@ -341,7 +341,8 @@ class PackedCall:
         report.engines, report.head_chunks = {}, 0  # a failure may have come behind them
         self._collect(report)
         outputs = self.dense(*args)  # first: if the call itself is wrong, it should say so in its own words
-        stats.count(dense=1)
+        # turned away before it had a plan: not in the other sums, either
+        stats.count(dense=1, computed_tokens=report.dense_tokens if report.packed_tokens else 0)
         if kind in HARMLESS:
             return outputs
         if self.options.strict:

@@ -19,7 +19,8 @@ class Stats:
             can't be packed (not counted where there is nothing to pack: no attention, or a key-value cache).
         dense_tokens: rows × positions, over the calls that built a plan.
         valid_tokens: of those, tokens that are not dropped padding.
-        packed_tokens: of those, distinct ones.
+        packed_tokens: of those, what a packed call computes: distinct ones, and copies in short branches.
+        computed_tokens: what was computed: packed_tokens of packed calls, dense_tokens of dense ones.
         checked: batches that were compared with the original (`Options.check`).
         compiles: artifacts of packed graphs.
         recompile_limit_hits: frames on which Dynamo gave up (its `recompile_limit`).
@@ -33,6 +34,7 @@ class Stats:
     dense_tokens: int = 0
     valid_tokens: int = 0
     packed_tokens: int = 0
+    computed_tokens: int = 0
     checked: int = 0
     compiles: int = 0
     recompile_limit_hits: int = 0
@@ -40,12 +42,12 @@ class Stats:
     plan_seconds: float = 0.0
 
     def __str__(self) -> str:
-        saved = 1 - self.packed_tokens / self.dense_tokens if self.dense_tokens else 0.0
+        saved = 1 - self.computed_tokens / self.dense_tokens if self.dense_tokens else 0.0
         checked = f", {self.checked} checked" if self.checked else ""
         return (
             f"calls: {self.packed} packed, {self.dense} dense, {self.eager} eager{checked}; "
-            f"{self.dense_tokens:,} tokens → {self.valid_tokens:,} without padding → "
-            f"{self.packed_tokens:,} distinct ({saved:.0%} saved); "
+            f"{self.dense_tokens:,} tokens, {self.valid_tokens:,} without padding, {self.packed_tokens:,} packed; "
+            f"{self.computed_tokens:,} computed ({saved:.0%} saved); "
             f"{self.compiles} compiles, {self.recompile_limit_hits} recompile limit hits, "
             f"{self.plan_seconds:.3f} s planning"
         )

@@ -812,6 +812,24 @@ def test_failures_are_kept_with_their_reasons_until_a_retry(
     assert len(measured) == 1 + is_again
 
 
+def test_what_others_measured_is_not_lost(config, tmp_path):
+    """A contestant more: the case is measured again with those of the file, which keep their figures."""
+    file = tmp_path / "r.json"
+    run("--device", "cpu", "--model", config, *SMALL, "--json", file, "--against", "dense")
+    result = run("--device", "cpu", "--model", config, *SMALL, "--json", file, "--against", "dense-compiled")
+    assert "measured before, and again beside the others: dense\n" in result.output
+    (record,) = read(file)
+    assert [row.name for row in record.rows] == ["dense", "dense-compiled", "pgcompile"]
+    assert all(row.median is not None for row in record.rows)
+
+
+def test_nothing_is_written_of_no_records(tmp_path):
+    empty, text = tmp_path / "empty.json", tmp_path / "p.md"
+    empty.write_text("[]")
+    result = run(empty, "--markdown", text)
+    assert result.exit_code == 1 and "no records to write a page" in result.output and not text.exists()
+
+
 def test_a_model_that_fails_itself_is_a_reason(model, monkeypatch):
     def fails(*_):
         raise IndexError("index out of range in self")

@@ -39,7 +39,8 @@ def test_stats_add_up_and_reset():
     assert (
         once.packed_tokens == expected and once.dense_tokens == once.valid_tokens == batch.input_ids.numel()
     )
-    for name in ("packed", "dense_tokens", "valid_tokens", "packed_tokens"):
+    assert once.computed_tokens == expected
+    for name in ("packed", "dense_tokens", "valid_tokens", "packed_tokens", "computed_tokens"):
         assert getattr(twice, name) == 2 * getattr(once, name)
     assert twice.compiles == 1 and twice.plan_seconds > once.plan_seconds > 0
     with pytest.raises(AttributeError):
@@ -47,6 +48,15 @@ def test_stats_add_up_and_reset():
     pgcompile.reset_stats()
     assert pgcompile.stats() == pgcompile.Stats()
     assert all(isinstance(v, int) for k, v in vars(twice).items() if k != "plan_seconds")
+
+
+def test_a_dense_call_saves_nothing():
+    model, batch = small_model(), batch_of()
+    compiled(model, {"min_saving": 1.0})(batch.input_ids)
+    stats = pgcompile.stats()
+    assert (stats.packed, stats.dense) == (0, 1) and stats.packed_tokens < stats.dense_tokens
+    assert stats.computed_tokens == stats.dense_tokens == batch.input_ids.numel()
+    assert "(0% saved)" in str(stats)
 
 
 def test_dynamo_giving_up_is_counted():

@@ -155,6 +155,8 @@ def bench(**given: Any) -> None:
             raise click.UsageError("--plot draws prompts with answers of one length, which no case here has")
         records, code = _measure_all(wanted, given, console)
     if not records:
+        if given["page_file"] is not None or given["picture"] is not None:
+            raise click.ClickException("no records to write a page or draw a picture of")
         console.print("no records")
     else:
         for table in terminal_tables(records, console.width):
@@ -179,6 +181,7 @@ def _measure_all(wanted: Choices, given: dict[str, Any], console: Console) -> tu
     kept = {case.name: record for case, record in found if not (given["retry"] and record.failed)}
     _tell_reasons(kept.values(), console)
     left = [case for case in wanted.cases if case.name not in kept]
+    _measure_others_again(wanted, left, known, console)
     if kept:
         console.print(f"{len(kept)} of {len(wanted.cases)} cases are in {file}", soft_wrap=True)
     why, code = "the budget is spent", CASES_ARE_LEFT
@@ -195,6 +198,18 @@ def _measure_all(wanted: Choices, given: dict[str, Any], console: Console) -> tu
         where = f"; the same command goes on, {file} has the others" if file is not None and kept else ""
         console.print(f"{why}: {missing} case{'s' * (missing > 1)} left{where}", soft_wrap=True)
     return [kept[case.name] for case in wanted.cases if case.name in kept], code if missing else 0
+
+
+def _measure_others_again(
+    wanted: Choices, left: Sequence[Case], known: Sequence[Record], console: Console
+) -> None:
+    """Nothing measured is lost: a record that lacks a contestant is replaced by one with all of both."""
+    replaced = [r for case in left for r in known if r.has(case, (), wanted.settings, wanted.machine)]
+    measured = {row.name for record in replaced for row in record.rows}
+    others = [name for name in CONTESTANTS if name in measured and name not in wanted.names]
+    if others:
+        wanted.names = [name for name in CONTESTANTS if name in {*wanted.names, *others}]
+        console.print(f"measured before, and again beside the others: {', '.join(others)}", soft_wrap=True)
 
 
 def _measured(

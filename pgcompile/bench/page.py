@@ -72,7 +72,7 @@ def _section(records: Sequence[Record], notes: Mapping[str, str]) -> str:
         if machine["device"] == "CPU"
         else f"{machine['device']} ({machine['processor']})"
     )
-    layers = f", {settings['layers']} layers" if settings.get("layers") else ""
+    layers = f", {_count(settings['layers'], 'layer')}" if settings.get("layers") else ""
     dates = sorted({record.date[:10] for record in records})
     commands = list(dict.fromkeys(record.command for record in records))
     lines = [
