@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .passes.graph import contracted_size, val
+from .passes.graph import contracted_size, size_hint, val
 from .passes.layout import KEY
 from .passes.packed_graphs import PackedGraphs
 from .passes.propagate import Analysis, Value
@@ -116,7 +116,7 @@ def count_work(analysis: Analysis, graphs: PackedGraphs) -> Cost:
     for node, value in analysis.values.items():
         inner = contracted_size(node) if value.kind == STREAM and value.layouts else None
         if inner is not None and not _is_attention(value):
-            work = value.layout.entries_of_token * int(inner)
+            work = value.layout.entries_of_token * size_hint(inner)
             scored = is_scored(value.layout, graphs.scored)
             per_token, per_scored = per_token + work * (not scored), per_scored + work * scored
     per_pair = 0
