@@ -893,6 +893,18 @@ def test_the_page_says_what_is_below_the_goal(distinct, seconds, is_listed):
     assert (": chance" in text) == is_listed
 
 
+def test_the_page_says_how_many_of_the_tokens_are_distinct():
+    record = record_on_a_page("case", "CPU", "fp32")
+    record.tokens = {"dense": 8, "valid": 7, "distinct": 5}
+    packings = {tokens: dict(decision="packed", tokens=tokens, depth=2) for tokens in (5, 6)}
+    record.rows = [Row("dense", is_dense=True, seconds=[4.0])]
+    record.rows += [Row(f"pgcompile{n}", seconds=[2.0], packing=packing) for n, packing in packings.items()]
+    text = page([record], {}, "pgcompile bench --markdown x")
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    assert "8 (7 valid)" in cells["| dense"]
+    assert "5" in cells["| pgcompile5"] and "6 (5 distinct)" in cells["| pgcompile6"]
+
+
 def test_the_page_says_in_which_cases_there_are_no_figures():
     records = []
     for name in ("one", "two", "three"):

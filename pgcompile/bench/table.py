@@ -37,16 +37,20 @@ def _seconds(values: Sequence[float]) -> str:
 
 
 def _tokens(record: Record, row: Row) -> str:
-    """What the contestant computes, as far as it is known: pgcompile says."""
+    """What the contestant computes, as far as it is known: pgcompile says. More than are distinct, where it repeats
+    short branches or padding can't be told from tokens."""
     if row.median is None:
         return ""
     if row.is_dense:
-        padding = (
-            "" if record.tokens["valid"] == record.tokens["dense"] else f" ({record.tokens['valid']:,} valid)"
-        )
-        return f"{record.tokens['dense']:,}{padding}"
+        return _of(record.tokens["dense"], record.tokens["valid"], "valid")
     decision = row.packing.get("decision", "")
-    return f"{row.packing['tokens']:,}" if decision == "packed" else decision
+    if decision != "packed":
+        return decision
+    return _of(row.packing["tokens"], record.tokens["distinct"], "distinct")
+
+
+def _of(count: int, part: int, name: str) -> str:
+    return f"{count:,}" if part == count else f"{count:,} ({part:,} {name})"
 
 
 def _depth(record: Record, row: Row) -> str:
