@@ -14,6 +14,7 @@ from .checkpoint import has_regions, inline_checkpoints, wrap_checkpoints
 from .functionalize import functionalize
 from .head import split_head
 from .numbers import settle_numbers
+from .original import Original
 from .pipeline import Compilation, Pass, run_passes
 from .reasons import KINDS, FallbackReason, Unsupported
 from .reroll import reroll
@@ -114,7 +115,8 @@ def padding_pass(c: Compilation) -> None:
 def lower_pass(c: Compilation) -> None:
     """Build the four graphs."""
     assert c.aten is not None and c.analysis is not None
-    found = lower.Lowering(c.aten, c.analysis, c.matches, c.guards, c.engine).run()
+    original = Original(c.aten, c.analysis, c.matches, c.guards, c.engine)
+    found = lower.Lowering(original).run()
     if isinstance(found, Unsupported):
         return c.refuse(found)
     c.graphs = found

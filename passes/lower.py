@@ -15,7 +15,6 @@ from __future__ import annotations
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from .attention_match import AttentionMatch
 from .graph import is_mode_switch
 from .layout import KEY, ROW
 from .lower_batch import RequestSide
@@ -23,8 +22,6 @@ from .lower_late import LateSide
 from .lower_packed import PackedSide
 from .original import Original
 from .packed_graphs import PackedGraphs
-from .padding import Guards
-from .propagate import Analysis
 from .reasons import Unsupported
 from .rules import LATE, STREAM, WEIGHT
 from .subgraph import drop_dead, module_of, order_placeholders, prologue_module, used_inputs
@@ -33,18 +30,11 @@ from .subgraph import drop_dead, module_of, order_placeholders, prologue_module,
 class Lowering:
     """Builds the graphs. Nothing of the original graph is changed."""
 
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        analysis: Analysis,
-        matches: list[AttentionMatch],
-        guards: Guards,
-        engine: str,
-    ) -> None:
-        self.original = Original(gm, analysis, matches, guards, engine)
-        self.packed = PackedSide(self.original)
-        self.requests = RequestSide(self.original)
-        self.late = LateSide(self.original, self.packed, self.requests)
+    def __init__(self, original: Original) -> None:
+        self.original = original
+        self.packed = PackedSide(original)
+        self.requests = RequestSide(original)
+        self.late = LateSide(original, self.packed, self.requests)
 
     def run(self) -> PackedGraphs | Unsupported:
         refusal = self._check_scores() or self._check_tables()

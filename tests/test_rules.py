@@ -30,6 +30,7 @@ from pgcompile.backend import pack_column
 from pgcompile.passes.attention_match import match_attention
 from pgcompile.passes.layout import POSITION, ROW, Selection, TokenLayout, view_dims
 from pgcompile.passes.lower import Lowering
+from pgcompile.passes.original import Original
 from pgcompile.passes.padding import Guards
 from pgcompile.passes.propagate import Analysis, _Walk
 from pgcompile.passes.reasons import Unsupported
@@ -355,7 +356,7 @@ def run_packed(
     """
     matches = [match_attention(node, analysis) for node in analysis.mixers]
     assert not any(isinstance(m, Unsupported) for m in matches), matches
-    lowering = _Lowering(graph.gm, analysis, matches, Guards(), "reference")
+    lowering = _Lowering(Original(graph.gm, analysis, matches, Guards(), "reference"))
     graphs = lowering.run()
     assert not isinstance(graphs, Unsupported), graphs
     results = graphs.prologue(*inputs)
