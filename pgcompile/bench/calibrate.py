@@ -109,7 +109,7 @@ def sample(
             ):
                 planning = stats().plan_seconds
                 runner = Runner(Row(name), Setup(model, batch, True, "step", {}), run)
-                elapsed, _ = timed(runner, model, "step")
+                elapsed = timed(runner, model, "step")[0]
                 if repeat:  # the first call compiles, or meets cold caches
                     # a plan is made before anything is decided, and either way
                     seconds[name].append(elapsed - (stats().plan_seconds - planning))

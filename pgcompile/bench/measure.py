@@ -94,7 +94,7 @@ def measure(
             tell(f"{runner.row.name}, step {repeat + 1}", often=True)
             with _judged(runner.row):
                 before = stats().plan_seconds
-                seconds, _ = timed(runner, model, phase)
+                seconds = timed(runner, model, phase)[0]
                 runner.row.seconds.append(seconds)
                 runner.row.planning_seconds.append(stats().plan_seconds - before)
                 spent += seconds
@@ -156,7 +156,10 @@ def _check_first_call(runner: Runner, model: Model, phase: str, yardstick: Yards
 
 
 def timed(runner: Runner, model: Model, phase: str) -> tuple[float, Tensor]:
-    """A step: seconds, and log-probabilities. Gradients are dropped before it, the optimizer isn't part of it."""
+    """A step: seconds, and log-probabilities, which should be gone before the next.
+
+    Gradients are dropped before it, the optimizer isn't part of it.
+    """
     device = runner.setup.batch.ids.device
     _clear(model)
     synchronize(device)

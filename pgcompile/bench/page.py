@@ -152,7 +152,8 @@ def read_notes(path: Path) -> dict[str, str]:
     try:
         found: Any = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise click.ClickException(f"{path}: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise click.ClickException(f"can't read {path}: {why}") from None
     notes = found.get("notes")
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
         raise click.ClickException(f"{path} has no table [notes] of texts by case")

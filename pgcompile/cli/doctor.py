@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections import defaultdict
 
 import click
 import torch
@@ -37,9 +38,13 @@ def doctor() -> None:
         table.add_row(name, installed_version(name) or "not installed")
     for device in _devices():
         table.add_row(str(device), device_name(device))
+        same = defaultdict(list)  # dtypes that the same is said of
         for dtype in (torch.float32, torch.bfloat16):
-            table.add_row("", describe_engines(device, dtype))
-            table.add_row("", _describe_calibration(device, dtype))
+            said = describe_engines(device, dtype), _describe_calibration(device, dtype)
+            same[said].append(str(dtype).removeprefix("torch."))
+        for (engines, calibration), dtypes in same.items():
+            table.add_row(", ".join(dtypes), engines)
+            table.add_row("", calibration)
     console.print(table)
     failed = False
     for inner in ("eager", "inductor"):
@@ -93,7 +98,7 @@ def describe_engines(device: torch.device, dtype: torch.dtype) -> str:
     chosen, _ = choose("auto", device, dtype)
     reasons = {name: engine.why_not(device, dtype) for name, engine in ENGINES.items() if name != chosen}
     others = [f"also {name}" if why is None else f"not {name} ({why})" for name, why in reasons.items()]
-    return f"{str(dtype).removeprefix('torch.')}: engine {chosen}; {', '.join(others)}"
+    return f"engine {chosen}; {', '.join(others)}"
 
 
 def _describe_calibration(device: torch.device, dtype: torch.dtype) -> str:
