@@ -586,7 +586,7 @@ def test_a_whole_run(config, tmp_path):
     file, picture, text = tmp_path / "r.json", tmp_path / "p.png", tmp_path / "p.md"
     result = run(
         "--device", "cpu", "--model", config, *SMALL, "--against", "dense,prefix-grouper,trl-tree",
-        "--json", file, "--plot", picture, "--markdown", text,
+        "--budget-seconds", 1000, "--json", file, "--plot", picture, "--markdown", text,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "P=48 R=8 G=4: pgcompile, first call\n" in result.output  # a log shows no bar
@@ -598,6 +598,7 @@ def test_a_whole_run(config, tmp_path):
     assert len(ours.seconds) == 2 and ours.peak_bytes < record.rows[0].peak_bytes
     assert record.machine["device"] == "CPU" and record.machine["versions"]["torch"] == torch.__version__
     assert record.settings["options"] == ["inner=eager"] and "--prompt 48 --answer 8" in record.command
+    assert "--budget-seconds 1000 --json" in record.command  # as it was typed
     assert ours.ideal_bytes is None and 0 < record.rows[0].ideal_bytes < record.rows[0].peak_bytes
     for word in (
         "P=48 R=8 G=4",
