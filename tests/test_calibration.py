@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import pgcompile
 from harness import compiled, random_tree_batch, rewire
-from pgcompile.bench import calibrate
+from pgcompile.bench import calibrate, measure
 from pgcompile.bench.cases import build
 from pgcompile.bench.command import bench
 from pgcompile.calibration import calibration_file, read_speed, write_speed
@@ -173,7 +173,7 @@ def test_bench_calibrate(cache, monkeypatch):
     monkeypatch.setattr(calibrate, "FITTED", 7)
     monkeypatch.setattr(calibrate, "BASELINE", "eager")
     monkeypatch.setattr(calibrate, "OPTIONS", {**calibrate.OPTIONS, "inner": "eager"})
-    original = calibrate.timed
+    original = measure.timed_step
 
     def timed(runner, *rest):
         """A step as it is, by a clock that takes a millisecond for each token."""
@@ -181,7 +181,7 @@ def test_bench_calibrate(cache, monkeypatch):
         tokens = runner.setup.batch.tokens["dense" if runner.row.name == "dense" else "distinct"]
         return 1e-3 * tokens, logprobs
 
-    monkeypatch.setattr(calibrate, "timed", timed)
+    monkeypatch.setattr(measure, "timed_step", timed)
     torch._dynamo.reset()
     command = ["--calibrate", "--test-batches", "2", "--layers", "1", "--repeats", "1", "--device", "cpu"]
     done = CliRunner().invoke(bench, command, catch_exceptions=False)

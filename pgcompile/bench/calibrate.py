@@ -109,7 +109,7 @@ def sample(
             ):
                 planning = stats().plan_seconds
                 runner = Runner(Row(name), Setup(model, batch, True, "step", {}), run)
-                elapsed = timed(runner, model, "step")[0]
+                elapsed = timed(runner, model, "step")
                 if repeat:  # the first call compiles, or meets cold caches
                     # a plan is made before anything is decided, and either way
                     seconds[name].append(elapsed - (stats().plan_seconds - planning))

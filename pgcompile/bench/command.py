@@ -366,6 +366,6 @@ def _command_line() -> str:
         if isinstance(parameter, click.Option) and parameter.is_flag:
             words += name
         else:
-            texts = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+            texts = [f"{v:.15g}" if isinstance(v, float) else str(v) for v in values]
             words += [word for text in texts for word in (*name, text)]
     return shlex.join(words)

@@ -94,7 +94,7 @@ def measure(
             tell(f"{runner.row.name}, step {repeat + 1}", often=True)
             with _judged(runner.row):
                 before = stats().plan_seconds
-                seconds = timed(runner, model, phase)[0]
+                seconds = timed(runner, model, phase)
                 runner.row.seconds.append(seconds)
                 runner.row.planning_seconds.append(stats().plan_seconds - before)
                 spent += seconds
@@ -114,7 +114,7 @@ def _measure_alone(runner: Runner, contestant: Contestant, phase: str) -> None:
     alone = Runner(Row(runner.row.name), setup)
     with _judged(alone.row):
         alone.run = contestant.prepare(setup)
-        first = timed(alone, model, phase)[0]  # what it computed is gone before memory is measured
+        first = timed(alone, model, phase)
         begun = time.perf_counter()
         runner.row.ideal_bytes = _peak(alone, model, phase)
         runner.row.ideal_compile_seconds = max(first - (time.perf_counter() - begun), 0.0)
@@ -145,7 +145,7 @@ def _check(runners: list[Runner], model: Model, batch: Batch, phase: str, tell: 
 def _check_first_call(runner: Runner, model: Model, phase: str, yardstick: Yardstick) -> None:
     """Keeps nothing of what came out: the next contestant needs the memory."""
     row = runner.row
-    row.first_seconds, logprobs = timed(runner, model, phase)
+    row.first_seconds, logprobs = timed_step(runner, model, phase)
     logprobs = logprobs.detach().masked_fill(runner.setup.batch.weights == 0, 0)
     gradients = [p.grad for p in model.module.parameters()] if phase == "step" else []
     reason, row.errors = yardstick.why_wrong(Outcome(logprobs, gradients))
@@ -155,11 +155,13 @@ def _check_first_call(runner: Runner, model: Model, phase: str, yardstick: Yards
             row.reason += "; the truth is computed row by row: do this model's rows depend on each other?"
 
 
-def timed(runner: Runner, model: Model, phase: str) -> tuple[float, Tensor]:
-    """A step: seconds, and log-probabilities, which should be gone before the next.
+def timed(runner: Runner, model: Model, phase: str) -> float:
+    """Seconds of a step. Log-probabilities are dropped: they would be held through what is measured next."""
+    return timed_step(runner, model, phase)[0]
 
-    Gradients are dropped before it, the optimizer isn't part of it.
-    """
+
+def timed_step(runner: Runner, model: Model, phase: str) -> tuple[float, Tensor]:
+    """A step: seconds, and log-probabilities. Gradients are dropped before it, the optimizer isn't part of it."""
     device = runner.setup.batch.ids.device
     _clear(model)
     synchronize(device)

@@ -151,9 +151,10 @@ def read_notes(path: Path) -> dict[str, str]:
     """
     try:
         found: Any = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise click.ClickException(f"can't read {path}: {why}") from None
+    except OSError as error:
+        raise click.ClickException(f"can't open {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise click.ClickException(f"{path} isn't TOML: {error}") from None
     notes = found.get("notes")
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
         raise click.ClickException(f"{path} has no table [notes] of texts by case")
